@@ -1,0 +1,51 @@
+# make demo    train a LoRA on a tiny random checkpoint, start to end, on the CPU
+# make test    all tests, offline, on the CPU
+# make check   ruff, mypy, and that the two scripts still share their text
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH := $(BIN)/accelerate launch --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
+	--num_cpu_threads_per_process=$(CORES)
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/installed
+	@rm -rf demo
+	$(BIN)/python random_flux.py demo/tiny-flux --pictures demo/pictures
+	ACCELERATE_USE_CPU=true $(LAUNCH) train_dreambooth_lora_flux.py \
+		--pretrained_model_name_or_path=demo/tiny-flux --instance_data_dir=demo/pictures \
+		--instance_prompt="a photo of sks dog" --output_dir=demo/trained-lora --resolution=64 --train_batch_size=1 \
+		--guidance_scale=1 --max_train_steps=20 --learning_rate=1e-3 --checkpointing_steps=10 \
+		--validation_prompt="A photo of sks dog in a bucket" --validation_epochs=2 --num_validation_images=2 --seed=0
+	@test -s demo/trained-lora/pytorch_lora_weights.safetensors && test -s demo/trained-lora/image_0.png
+	@echo
+	@echo "It works. What a real run leaves behind lies in demo/trained-lora:"
+	@echo "  LoRA weights         demo/trained-lora/pytorch_lora_weights.safetensors"
+	@echo "  final pictures       demo/trained-lora/image_*.png  (noise: the checkpoint is random)"
+	@echo "  pictures on the way  demo/trained-lora/validation/"
+	@echo "  checkpoints          demo/trained-lora/checkpoint-10 and -20, for --resume_from_checkpoint=latest"
+	@echo "  curves               $(BIN)/tensorboard --logdir demo/trained-lora/logs"
+	@echo "Next: the same command on FLUX.1 [dev] and your pictures, in README.md under 'The real thing'."
+
+test: $(VENV)/tools
+	$(BIN)/python -m pytest
+
+check: $(VENV)/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_shared_code.py
+
+$(VENV)/installed: requirements_flux.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements_flux.txt
+	@touch $@
+
+$(VENV)/tools: $(VENV)/installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pytest~=9.2" "ruff~=0.17.6" "mypy~=2.4.1"
+	@touch $@
+
+clean:
+	rm -rf demo $(VENV)

@@ -1,0 +1,1806 @@
+#!/usr/bin/env python
+# Copyright 2026 The FLUX DreamBooth authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0",
+#   "diffusers~=0.42.1",
+#   "transformers~=5.23.0",
+#   "accelerate~=1.15.0",
+#   "peft~=0.21.2",
+#   "huggingface_hub~=2.4.0",
+#   "safetensors~=0.8.0",
+#   "tokenizers~=0.23.3",
+#   "numpy~=2.4.6",
+#   "Pillow~=13.0",
+#   "tqdm~=4.70",
+#   "datasets~=5.2.0",
+#   "bitsandbytes~=0.50.2",
+#   "prodigyopt~=1.1.2",
+#   "tensorboard~=2.21.0",
+#   "wandb~=0.31.0",
+# ]
+# ///
+"""DreamBooth for FLUX.1 [dev] with LoRA: teach the model a subject by training adapters of a frozen transformer.
+
+    accelerate launch train_dreambooth_lora_flux.py --pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev \
+        --instance_data_dir=dog --instance_prompt="a photo of sks dog" --output_dir=trained-flux-lora \
+        --mixed_precision=bf16 --resolution=512 --train_batch_size=1 --guidance_scale=1 --gradient_checkpointing \
+        --cache_latents --rank=16 --lora_alpha=16 --learning_rate=1e-4 --max_train_steps=500 \
+        --validation_prompt="A photo of sks dog in a bucket" --seed=0
+
+What is trained is held in float32 (a few MB to some hundred MB); the base stays frozen in the precision of
+`--mixed_precision`. With `--train_text_encoder`, CLIP gets adapters too; T5 is only ever used to encode the prompts.
+
+Where to edit what:
+    another crop, caption or file format   section 2, images and captions
+    another loss or noise schedule         section 5, flow matching: `sample_sigmas`, `flow_matching_loss`
+    which layers are trained               section 6, transformer: `TRANSFORMER_TARGETS`, `load_transformer`
+    another optimizer                      section 7, `make_optimizer`
+    what is logged                         section 11, `train`
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import hashlib
+import json
+import logging
+import math
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import accelerate
+import diffusers
+import numpy as np
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils.memory import clear_device_cache
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import (
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel
+
+logger = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".avif"}
+PIXELS_PER_TOKEN = 16  # the VAE shrinks by 8, packing by 2: a side must be a multiple of this
+GIB = 1024**3
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TRANSFORMER_TARGETS = [  # the attention and feed-forward layers of the double blocks, attention of the single blocks
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+]
+TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+class UsageError(ValueError):
+    """Something that the user gave cannot work. The message says what, where, and the way out."""
+
+
+# ======================================================================================================================
+# 1. Arguments
+# ======================================================================================================================
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: not None, not False."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def parse_bool(text: str) -> bool:
+    """The value of a flag given as `--flag true` or `--flag false`."""
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        type=str,
+        required=True,
+        help="FLUX.1 checkpoint: a Hub name such as black-forest-labs/FLUX.1-dev, or a folder in diffusers' format",
+    )
+    group.add_argument("--revision", type=str, help="branch, tag or commit of the checkpoint on the Hub")
+    group.add_argument("--variant", type=str, help="variant of the weight files, for example fp16")
+    group.add_argument("--cache_dir", type=str, help="where downloaded models and datasets are kept")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pictures and captions", "give --instance_data_dir or --dataset_name")
+    group.add_argument("--instance_data_dir", type=str, help="folder with the pictures of the subject")
+    group.add_argument("--dataset_name", type=str, help="dataset with the pictures: a Hub name or a local folder")
+    group.add_argument("--dataset_config_name", type=str, help="configuration of the dataset, if it has several")
+    group.add_argument("--image_column", type=str, default="image", help="column of the dataset with the pictures")
+    group.add_argument(
+        "--caption_column", type=str, help="column with one prompt a picture; without it all share --instance_prompt"
+    )
+    group.add_argument(
+        "--instance_prompt",
+        type=str,
+        required=True,
+        help="prompt that names the subject by a rare word, for example 'a photo of sks dog'",
+    )
+    group.add_argument("--repeats", type=int, default=1, help="how often each picture is seen in an epoch")
+    group.add_argument(
+        "--resolution", type=int, default=512, help="side of the square that is trained, in pixels; a multiple of 16"
+    )
+    group.add_argument("--center_crop", action="store_true", help="crop the centre; else a new random crop each epoch")
+    group.add_argument("--random_flip", action="store_true", help="mirror half of the pictures, drawn anew each epoch")
+    group.add_argument(
+        "--image_interpolation_mode",
+        type=str,
+        default="lanczos",
+        choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"],
+        help="filter that resizes the pictures",
+    )
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that load pictures; 0: none")
+    group.add_argument(
+        "--cache_latents",
+        action="store_true",
+        help="encode each picture once and free the VAE; crops and flips are then drawn once",
+    )
+
+
+def add_prior_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "prior preservation", "keeps the class as it was by training on the model's own pictures of it"
+    )
+    group.add_argument("--with_prior_preservation", action="store_true", help="train on class pictures as well")
+    group.add_argument("--class_data_dir", type=str, help="folder of class pictures; missing ones are generated")
+    group.add_argument("--class_prompt", type=str, help="prompt of the class, for example 'a photo of a dog'")
+    group.add_argument("--num_class_images", type=int, default=100, help="class pictures that there should be")
+    group.add_argument("--prior_loss_weight", type=float, default=1.0, help="weight of the class pictures' loss")
+    group.add_argument("--sample_batch_size", type=int, default=4, help="class pictures generated at a time")
+    group.add_argument(
+        "--prior_generation_precision",
+        type=str,
+        choices=["no", "fp32", "fp16", "bf16"],
+        help="precision of that generation (default: bf16 on an accelerator, else fp32)",
+    )
+
+
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("adapters")
+    group.add_argument("--rank", type=int, default=4, help="rank of the adapters")
+    group.add_argument("--lora_alpha", type=int, default=4, help="adapters are scaled by lora_alpha / rank")
+    group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout in front of the adapters")
+    group.add_argument(
+        "--lora_layers",
+        type=str,
+        help="which layers get adapters, comma-separated ends of their names (default: attention and feed-forward)",
+    )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--train_text_encoder", action="store_true", help="train CLIP too (T5 always stays frozen)")
+    group.add_argument("--train_batch_size", type=int, default=4, help="pictures per process and micro-batch")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
+    group.add_argument("--num_train_epochs", type=int, default=1, help="passes over the pictures")
+    group.add_argument("--max_train_steps", type=int, help="optimizer steps; wins over --num_train_epochs")
+    group.add_argument(
+        "--gradient_checkpointing", action="store_true", help="recompute activations: slower, less memory"
+    )
+    group.add_argument(
+        "--mixed_precision",
+        type=str,
+        choices=["no", "fp16", "bf16"],
+        help="precision of the computation (default: what `accelerate config` says)",
+    )
+    group.add_argument("--allow_tf32", action="store_true", help="float32 products in TF32 on Ampere and newer")
+    group.add_argument(
+        "--enable_npu_flash_attention", action="store_true", help="flash attention on an Ascend NPU (needs torch_npu)"
+    )
+    group.add_argument("--seed", type=int, help="makes the run repeatable (default: drawn, logged and kept)")
+    group.add_argument("--local_rank", type=int, default=-1, help="set by launchers; the environment's value wins")
+
+
+def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("flow matching and prompts")
+    group.add_argument(
+        "--guidance_scale", type=float, default=3.5, help="guidance that the distilled model is told in training"
+    )
+    group.add_argument(
+        "--weighting_scheme",
+        type=str,
+        default="none",
+        choices=["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"],
+        help="how sigmas are drawn (logit_normal, mode) or losses weighted (sigma_sqrt, cosmap)",
+    )
+    group.add_argument("--logit_mean", type=float, default=0.0, help="mean for --weighting_scheme=logit_normal")
+    group.add_argument("--logit_std", type=float, default=1.0, help="deviation for --weighting_scheme=logit_normal")
+    group.add_argument("--mode_scale", type=float, default=1.29, help="scale for --weighting_scheme=mode")
+    group.add_argument(
+        "--max_sequence_length",
+        type=int,
+        default=512,
+        help="tokens of a prompt that T5 reads, at most 512",
+    )
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimizer and schedule")
+    group.add_argument("--optimizer", type=str, default="AdamW", help="AdamW or prodigy")
+    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes)")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="of the transformer; with prodigy use 1")
+    group.add_argument("--text_encoder_lr", type=float, default=5e-6, help="of CLIP; prodigy takes --learning_rate")
+    group.add_argument("--scale_lr", action="store_true", help="multiply by processes x accumulation x batch size")
+    group.add_argument(
+        "--lr_scheduler",
+        type=str,
+        default="constant",
+        choices=[kind.value for kind in SchedulerType],
+        help="how the learning rate changes",
+    )
+    group.add_argument("--lr_warmup_steps", type=int, default=500, help="warm-up, where the schedule has one")
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
+    group.add_argument("--lr_power", type=float, default=1.0, help="power of polynomial")
+    group.add_argument("--lr_step_rules", type=str, help="of piecewise_constant: '1:100,0.1:300,0.01' multiplies by 1 "
+                       "until step 100, by 0.1 until 300, then by 0.01")  # fmt: skip
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="decay of the gradient's mean")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="decay of the gradient's square")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-4, help="of the transformer")
+    group.add_argument("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="of CLIP")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
+    group.add_argument(
+        "--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm; 0: not at all"
+    )
+    group.add_argument(
+        "--prodigy_beta3", type=float, help="decay of prodigy's step-size estimate (default: sqrt(beta2))"
+    )
+    group.add_argument("--prodigy_decouple", type=parse_bool, default=True, help="decoupled weight decay, as in AdamW")
+    group.add_argument("--prodigy_use_bias_correction", type=parse_bool, default=True, help="Adam's bias correction")
+    group.add_argument(
+        "--prodigy_safeguard_warmup", type=parse_bool, default=True, help="keep the estimate sound during warm-up"
+    )
+
+
+def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("validation")
+    group.add_argument("--validation_prompt", type=str, help="prompt of the pictures drawn to watch the training")
+    group.add_argument("--num_validation_images", type=int, default=4, help="pictures each time")
+    group.add_argument(
+        "--validation_epochs", type=int, default=50, help="draw after the first epoch, then every so many epochs"
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output, checkpoints and the Hub")
+    group.add_argument("--output_dir", type=str, default="flux-dreambooth-lora", help="where everything is written")
+    group.add_argument("--logging_dir", type=str, default="logs", help="of the trackers, inside --output_dir")
+    group.add_argument(
+        "--report_to", type=str, default="tensorboard", help="tensorboard, wandb, all, none, or another of accelerate's"
+    )
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="steps between two checkpoints")
+    group.add_argument("--checkpoints_total_limit", type=int, help="how many checkpoints to keep (default: all)")
+    group.add_argument("--resume_from_checkpoint", type=str, help="latest, or a checkpoint's name or path")
+    group.add_argument(
+        "--upcast_before_saving",
+        action="store_true",
+        help="save the result in float32, not in the precision of the training",
+    )
+    group.add_argument("--push_to_hub", action="store_true", help="upload the result to the Hub")
+    group.add_argument("--hub_model_id", type=str, help="repository (default: the name of --output_dir)")
+    group.add_argument("--hub_token", type=str, help="token for the Hub (default: that of `hf auth login`)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    description = "\n".join((__doc__ or "").splitlines()[:1])
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add_prior_arguments(parser)
+    add_adapter_arguments(parser)
+    add_training_arguments(parser)
+    add_flow_arguments(parser)
+    add_optimizer_arguments(parser)
+    add_validation_arguments(parser)
+    add_output_arguments(parser)
+    return parser
+
+
+def range_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Numbers out of their range."""
+    at_least = {
+        "repeats": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
+        "max_train_steps": 1, "num_class_images": 1, "sample_batch_size": 1, "validation_epochs": 1,
+        "num_validation_images": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1, "max_sequence_length": 1,
+        "dataloader_num_workers": 0, "lr_warmup_steps": 0, "lr_num_cycles": 1, "prior_loss_weight": 0,
+        "learning_rate": 0, "text_encoder_lr": 0, "adam_weight_decay": 0, "adam_weight_decay_text_encoder": 0,
+        "max_grad_norm": 0, "adam_epsilon": 0,
+        "rank": 1, "lora_alpha": 1, "lora_dropout": 0,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            yield f"--{name} is {value}; give {least} or more"
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            yield f"--{name} is {value}; give a number from 0 to below 1"
+    if args.lora_dropout >= 1:
+        yield f"--lora_dropout is {args.lora_dropout}; give a number from 0 to below 1"
+    if args.max_sequence_length > 512:
+        yield f"--max_sequence_length is {args.max_sequence_length}; FLUX.1 reads at most 512 tokens"
+    if args.logit_std <= 0:
+        yield f"--logit_std is {args.logit_std}; give a number above 0"
+    if args.resolution < PIXELS_PER_TOKEN or args.resolution % PIXELS_PER_TOKEN:
+        near = max(1, round(args.resolution / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
+        yield f"--resolution is {args.resolution}; it must be a multiple of {PIXELS_PER_TOKEN}, {near} for example"
+
+
+def contradictions(args: argparse.Namespace) -> Iterator[str]:
+    """Flags that do not go together, and flags that miss another."""
+    if not args.instance_data_dir and not args.dataset_name:
+        yield "no pictures: give --instance_data_dir FOLDER or --dataset_name NAME"
+    if args.instance_data_dir and args.dataset_name:
+        yield "--instance_data_dir and --dataset_name are both given; give one of them"
+    if args.caption_column and not args.dataset_name:
+        yield "--caption_column names a column of a dataset; give --dataset_name too, or leave it out"
+    if args.with_prior_preservation:
+        for name in ("class_data_dir", "class_prompt"):
+            if not getattr(args, name):
+                yield f"--with_prior_preservation needs --{name}"
+    if args.optimizer.lower() not in ("adamw", "prodigy"):
+        yield f"--optimizer is {args.optimizer!r}; give AdamW or prodigy"
+    if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
+        yield "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'"
+    if args.hub_model_id and args.hub_model_id.count("/") > 1:
+        yield f"--hub_model_id is {args.hub_model_id!r}; give NAME or OWNER/NAME"
+    packages = {
+        "bitsandbytes": args.use_8bit_adam and "--use_8bit_adam",
+        "prodigyopt": args.optimizer.lower() == "prodigy" and "--optimizer=prodigy",
+        "datasets": args.dataset_name and "--dataset_name",
+        "torch_npu": args.enable_npu_flash_attention and "--enable_npu_flash_attention",
+        "tensorboard": args.report_to == "tensorboard" and "--report_to=tensorboard",
+        "wandb": args.report_to == "wandb" and "--report_to=wandb",
+    }
+    for package, flag in packages.items():
+        if flag and find_spec(package) is None:
+            yield f"{flag} needs the package {package}: pip install {package}, or leave the flag out"
+
+
+def validate_args(args: argparse.Namespace) -> None:
+    """Check what can be checked from the flags alone.
+
+    Raises:
+        UsageError: with every problem found, a line each.
+    """
+    problems = [*range_problems(args), *contradictions(args)]
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("--mixed_precision=fp16 needs a GPU; give bf16 or no")
+    if problems:
+        raise UsageError("\n  ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+
+
+def notes_on_args(args: argparse.Namespace) -> Iterator[str]:
+    """What works, but perhaps not as the user thinks."""
+    prodigy = args.optimizer.lower() == "prodigy"
+    if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
+        yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
+    if prodigy and args.use_8bit_adam:
+        yield "--use_8bit_adam has no effect with --optimizer=prodigy"
+    if prodigy and args.learning_rate <= 0.1:
+        yield f"--learning_rate={args.learning_rate} is low for prodigy, which finds the step size itself: use 1"
+    if prodigy and args.train_text_encoder:
+        yield f"prodigy has one learning rate: CLIP is trained with --learning_rate={args.learning_rate} too"
+    if args.cache_latents and (args.random_flip or not args.center_crop):
+        yield "--cache_latents: each picture's crop and flip are drawn once, not anew each epoch"
+    if args.dataset_name and not args.caption_column:
+        yield "no --caption_column: every picture is trained with --instance_prompt"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line as a namespace; exits with code 2 and one message if it cannot work."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        validate_args(args)
+    except UsageError as error:
+        parser.error(str(error))
+    return args
+
+
+def hub_options(args: argparse.Namespace, **extra: Any) -> dict[str, Any]:
+    """The keyword arguments of every `from_pretrained` of the base model."""
+    options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "token": args.hub_token}
+    return {name: value for name, value in options.items() if value is not None} | extra
+
+
+# ======================================================================================================================
+# 2. Images and captions (edit freely)
+# ======================================================================================================================
+
+
+def generator_for(*key: str | int) -> torch.Generator:
+    """A CPU generator of its own for `key`, which names what is drawn: (seed, purpose, epoch or step, place).
+
+    Everything random comes from here, so that no draw depends on another one, on the number of processes or on
+    where a run was stopped.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture and its prompt, which no shuffle can part. `open` returns it as it is stored."""
+
+    name: str
+    open: Callable[[], Image.Image]
+    prompt: str
+
+
+def list_picture_files(folder: Path) -> list[Path]:
+    """The picture files in `folder` by name; hidden files, folders and other files are passed over."""
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def pictures_in_folder(flag: str, folder: str, prompt: str) -> list[Picture]:
+    """The pictures of a folder, all with the same prompt.
+
+    Raises:
+        UsageError: if `folder`, the value of `flag`, is missing or has no pictures.
+    """
+    if not Path(folder).is_dir():
+        raise UsageError(f"{flag} is {folder!r}, which is not a folder; give the folder with the pictures")
+    files = list_picture_files(Path(folder))
+    if not files:
+        raise UsageError(f"{flag} is {folder!r}, which has no picture files ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return [Picture(path.name, functools.partial(Image.open, path), prompt) for path in files]
+
+
+def open_row(dataset: Any, row: int, column: str) -> Image.Image:
+    return dataset[row][column]
+
+
+def pictures_in_dataset(args: argparse.Namespace) -> list[Picture]:
+    """The pictures of `--dataset_name`'s train split, each with its caption or the instance prompt.
+
+    Raises:
+        UsageError: if a column is missing, holds no pictures, or a caption is not text.
+    """
+    from datasets import Image as ImageFeature  # optional: only this flag needs it
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(
+            args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, token=args.hub_token
+        )
+    except Exception as error:  # the library raises many kinds; all of them mean that the name does not work
+        raise UsageError(f"--dataset_name is {args.dataset_name!r}, which does not load: {error}") from error
+    for flag, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
+        if column is not None and column not in dataset.column_names:
+            raise UsageError(f"{flag} is {column!r}; the dataset has the columns {', '.join(dataset.column_names)}")
+    if not isinstance(dataset.features[args.image_column], ImageFeature):
+        raise UsageError(f"--image_column is {args.image_column!r}, which does not hold pictures")
+    captions = dataset[args.caption_column] if args.caption_column else [args.instance_prompt] * len(dataset)
+    wrong = [str(row) for row, caption in enumerate(captions) if not (isinstance(caption, str) and caption.strip())]
+    if wrong:
+        raise UsageError(f"--caption_column is {args.caption_column!r}, which has no text in row {', '.join(wrong)}")
+    if len(dataset) == 0:
+        raise UsageError(f"--dataset_name is {args.dataset_name!r}, whose train split is empty")
+    images = dataset.select_columns(args.image_column)
+    return [
+        Picture(f"row {row}", functools.partial(open_row, images, row, args.image_column), caption)
+        for row, caption in enumerate(captions)
+    ]
+
+
+def check_pictures(pictures: list[Picture], minimum_side: int) -> None:
+    """Decode every picture once, before anything expensive.
+
+    Raises:
+        UsageError: naming all that cannot be read.
+    """
+    broken, small = [], []
+    for picture in tqdm(pictures, desc="Checking pictures", unit="picture", leave=False, delay=2):
+        try:
+            with picture.open() as image:
+                image.load()
+                if min(image.size) < minimum_side:
+                    small.append(f"{picture.name} ({image.width}x{image.height})")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            broken.append(f"{picture.name}: {error}")
+    if broken:
+        raise UsageError("pictures that cannot be read; replace or remove them:\n  " + "\n  ".join(broken))
+    if small:
+        logger.warning(f"Enlarged to --resolution={minimum_side}: {', '.join(small)}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as upright 8-bit RGB: EXIF orientation applied, 16 bits scaled to 8, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float32)
+        white = 1.0 if values.max() <= 1 and image.mode == "F" else 255.0 if values.max() <= 255 else 65535.0
+        image = Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class View(NamedTuple):
+    """What of a picture is trained on: the crop's corner after resizing, in pixels, and whether it is mirrored."""
+
+    left: int
+    top: int
+    flip: bool
+
+
+def resized_size(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """Width and height after the shorter side has become `resolution`."""
+    if width <= height:
+        return resolution, int(resolution * height / width)
+    return int(resolution * width / height), resolution
+
+
+def draw_view(
+    width: int, height: int, resolution: int, center_crop: bool, random_flip: bool, generator: torch.Generator
+) -> View:
+    """Choose the crop of a resized picture of `width` x `height`, and whether to mirror it."""
+    spare = (width - resolution, height - resolution)
+    if center_crop:
+        left, top = (round(side / 2) for side in spare)
+    else:
+        left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in spare)
+    return View(left, top, random_flip and bool(torch.rand((), generator=generator) < 0.5))
+
+
+def to_pixels(image: Image.Image, resolution: int, view: View, mode: str) -> Tensor:
+    """Resize, crop and mirror an RGB picture into (3, resolution, resolution), float32 in [-1, 1]."""
+    resample = Image.Resampling[mode.upper()]
+    image = image.resize(resized_size(*image.size, resolution), resample)
+    image = image.crop((view.left, view.top, view.left + resolution, view.top + resolution))
+    if view.flip:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+class LatentDistribution(NamedTuple):
+    """What the VAE makes of pixels: mean and standard deviation, each (..., C, H, W), float32, before scaling."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class ExampleKey(NamedTuple):
+    """Which example is trained, and where in the run: all that its random draws depend on, with the seed."""
+
+    epoch: int
+    position: int  # in the order of the epoch, over all processes
+    example: int  # its number in the dataset
+    weight: float  # share of its loss in the step's: 1 / examples of the step, or 0 for a filler
+    last: bool  # whether its micro-batch ends an optimizer step
+
+
+class MicroBatches:
+    """The micro-batches of one process from `first_step` to `last_step`, as lists of example keys.
+
+    An epoch is a shuffle of all examples. Each optimizer step takes the next processes x batch size x accumulation of
+    them, the last one of an epoch what is left; a process that gets nothing then runs a filler of weight zero.
+    Which examples make up a step does not depend on how they are split.
+    """
+
+    def __init__(
+        self, examples: int, batch_size: int, accumulation: int, process: int, processes: int, seed: int,
+        first_step: int, last_step: int,
+    ) -> None:  # fmt: skip
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.process, self.processes = process, processes
+        self.per_step = batch_size * accumulation * processes
+        self.steps_per_epoch = math.ceil(examples / self.per_step)
+        self.first_step, self.last_step = first_step, last_step
+
+    def __iter__(self) -> Iterator[list[ExampleKey]]:
+        for step in range(self.first_step, self.last_step):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            order = torch.randperm(self.examples, generator=generator_for(self.seed, "order", epoch)).tolist()
+            start = step_in_epoch * self.per_step
+            end = min(start + self.per_step, self.examples)
+            for first in range(start, end, self.batch_size * self.processes):
+                last = first + self.batch_size * self.processes >= end
+                own = first + self.process * self.batch_size
+                places = range(own, min(own + self.batch_size, end))
+                weight = 1 / (end - start) if places else 0.0
+                yield [ExampleKey(epoch, at, order[at], weight, last) for at in places or [first]]
+
+
+class DreamBoothDataset(Dataset):
+    """Instance pictures, repeated, each paired with a class picture where there are any.
+
+    Args:
+        instance_pictures: the subject.
+        class_pictures: for prior preservation, or empty.
+        args: the run's flags on pictures.
+        seed: of crops and flips.
+    """
+
+    def __init__(
+        self, instance_pictures: list[Picture], class_pictures: list[Picture], args: argparse.Namespace, seed: int
+    ) -> None:
+        repeats = range(args.repeats)
+        self.halves = {"instance": [picture for picture in instance_pictures for _ in repeats]}
+        if class_pictures:
+            self.halves["class"] = class_pictures
+        self.resolution, self.mode = args.resolution, args.image_interpolation_mode
+        self.center_crop, self.random_flip, self.seed = args.center_crop, args.random_flip, seed
+        self.cached: dict[tuple[str, int], LatentDistribution] | None = None  # by half and index in it
+
+    def __len__(self) -> int:
+        return max(len(pictures) for pictures in self.halves.values())
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt of the pictures, once."""
+        return list(dict.fromkeys(picture.prompt for pictures in self.halves.values() for picture in pictures))
+
+    def view_and_pixels(self, half: str, index: int, *place: int) -> tuple[View, Tensor]:
+        """The crop of a picture that is drawn for `place`, and its pixels."""
+        picture = self.halves[half][index]
+        with picture.open() as stored:
+            image = to_rgb(stored)
+        generator = generator_for(self.seed, "view", half, *place)
+        size = resized_size(*image.size, self.resolution)
+        view = draw_view(*size, self.resolution, self.center_crop, self.random_flip, generator)
+        return view, to_pixels(image, self.resolution, view, self.mode)
+
+    def __getitem__(self, key: ExampleKey) -> dict[str, Any]:
+        example: dict[str, Any] = {"key": key}
+        for half, pictures in self.halves.items():
+            index = key.example % len(pictures)
+            if self.cached is None:
+                pixels = self.view_and_pixels(half, index, key.epoch, key.position)[1]
+                example[half] = {"prompt": pictures[index].prompt, "pixels": pixels}
+            else:
+                example[half] = {"prompt": pictures[index].prompt, "latents": self.cached[half, index]}
+        return example
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """B examples as one batch of B pictures, or of 2B: all instance pictures, then all class pictures.
+
+    Returns:
+        "keys": list of B; "weights": (B,); "prompts": list of B or 2B;
+        "pixels": (B or 2B, 3, H, W), or "latents": a LatentDistribution of (B or 2B, C, h, w) each.
+    """
+    halves = [half for half in ("instance", "class") if half in examples[0]]
+    pictures = [example[half] for half in halves for example in examples]
+    batch: dict[str, Any] = {
+        "keys": [example["key"] for example in examples],
+        "weights": torch.tensor([example["key"].weight for example in examples]),
+        "prompts": [picture["prompt"] for picture in pictures],
+    }
+    if "pixels" in pictures[0]:
+        batch["pixels"] = torch.stack([picture["pixels"] for picture in pictures])
+    else:
+        mean, std = zip(*(picture["latents"] for picture in pictures), strict=True)
+        batch["latents"] = LatentDistribution(torch.stack(mean), torch.stack(std))
+    return batch
+
+
+# ======================================================================================================================
+# 3. Text encoders
+# ======================================================================================================================
+
+
+class PromptEmbeds(NamedTuple):
+    """One prompt as FLUX.1 takes it, on the CPU."""
+
+    prompt_embeds: Tensor  # (T, D), from T5
+    pooled_prompt_embeds: Tensor  # (P,), from CLIP
+    clip_ids: Tensor  # (77,), for a CLIP that is trained
+
+
+def gather_dicts(mine: dict[Any, Any]) -> dict[Any, Any]:
+    """The union of the dictionaries of all processes, on all of them."""
+    merged: dict[Any, Any] = {}
+    for part in gather_object([mine]):
+        merged |= part
+    return merged
+
+
+@torch.no_grad()
+def encode_prompts(
+    args: argparse.Namespace, accelerator: Accelerator, prompts: list[str], dtype: torch.dtype
+) -> dict[str, PromptEmbeds]:
+    """Encode every distinct prompt of the run once, the processes sharing the work, and free the encoders.
+
+    The pipeline itself encodes, so that training sees what sampling will see: T5 padded to `--max_sequence_length`,
+    padding attended to.
+    """
+    mine = prompts[accelerator.process_index :: accelerator.num_processes]
+    if not mine:
+        return gather_dicts({})
+    pipeline = FluxPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, transformer=None, vae=None, torch_dtype=dtype, **hub_options(args)
+    ).to(accelerator.device)
+    encoded = {}
+    for prompt in tqdm(mine, desc="Encoding prompts", leave=False, delay=2, disable=not accelerator.is_main_process):
+        embeds, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=args.max_sequence_length)
+        clip_ids = pipeline.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        encoded[prompt] = PromptEmbeds(embeds[0].cpu(), pooled[0].cpu(), clip_ids[0])
+    return gather_dicts(encoded)
+
+
+def pool_with_clip(text_encoder: nn.Module, clip_ids: Tensor) -> Tensor:
+    """CLIP's pooled vector, (B, P), of token ids (B, 77)."""
+    return text_encoder(clip_ids).pooler_output
+
+
+# ======================================================================================================================
+# 4. VAE
+# ======================================================================================================================
+
+
+def load_vae(args: argparse.Namespace, accelerator: Accelerator) -> AutoencoderKL:
+    """The frozen VAE: bfloat16 in a bf16 run, else float32 (in float16 its activations overflow)."""
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    vae = AutoencoderKL.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="vae", torch_dtype=dtype, **hub_options(args)
+    )
+    return vae.requires_grad_(False).eval().to(accelerator.device)
+
+
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> LatentDistribution:
+    """The posterior over latents of pixels (B, 3, 8H, 8W) in [-1, 1]: mean and deviation, (B, C, H, W)."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return LatentDistribution(posterior.mean.float(), posterior.std.float())
+
+
+def sample_latents(
+    distribution: LatentDistribution, noise: Tensor, shift_factor: float, scaling_factor: float
+) -> Tensor:
+    """A draw from the posterior, scaled as the transformer wants it: (B, C, H, W)."""
+    sample = distribution.mean + distribution.std * noise
+    return (sample - shift_factor) * scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, packed_latents: Tensor, side: int) -> Image.Image:
+    """The picture, `side` pixels square, of packed latents (1, L, 4C)."""
+    latents = FluxPipeline._unpack_latents(packed_latents, side, side, vae_scale_factor=8)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample[0].float().cpu()
+    return Image.fromarray(((pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset) -> None:
+    """Encode every picture of the dataset once, the processes sharing the work.
+
+    What is kept is the posterior, so that each step still draws a sample of its own. Repeats of a picture get crops
+    and flips of their own; where they come out the same, they are encoded once.
+    """
+    places = [(half, index) for half, pictures in dataset.halves.items() for index in range(len(pictures))]
+    mine, seen = places[accelerator.process_index :: accelerator.num_processes], {}
+    encoded: dict[tuple[str, int], LatentDistribution] = {}
+    bar = tqdm(mine, desc="Encoding pictures", leave=False, delay=2, disable=not accelerator.is_main_process)
+    for half, index in bar:
+        view, pixels = dataset.view_and_pixels(half, index, 0, index)
+        picture = (half, dataset.halves[half][index].name, view)
+        if picture not in seen:
+            mean, std = encode_pixels(vae, pixels[None])
+            seen[picture] = LatentDistribution(mean[0].cpu(), std[0].cpu())
+        encoded[half, index] = seen[picture]
+    dataset.cached = gather_dicts(encoded)
+
+
+# ======================================================================================================================
+# 5. Flow matching (edit freely)
+#
+# B pictures, C latent channels, H x W latent height and width (pixels / 8), L = H/2 * W/2 image tokens, T text tokens,
+# D and P the widths of T5 and CLIP. sigma 1 is pure noise; the model predicts the velocity `noise - latents`.
+# ======================================================================================================================
+
+
+def sample_sigmas(
+    generators: list[torch.Generator],
+    sigma_table: Tensor,
+    weighting_scheme: str = "none",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 1.29,
+) -> Tensor:
+    """Draw one noise level a picture, with a generator each: (B,), float32.
+
+    A place u in [0, 1) is drawn by the scheme (logit_normal and mode: https://arxiv.org/abs/2403.03206, section 3.1;
+    the others uniformly) and looked up in the scheduler's table, which falls from 1 to 1/1000.
+    """
+    places = [
+        compute_density_for_timestep_sampling(
+            weighting_scheme, 1, logit_mean, logit_std, mode_scale, generator=generator
+        )
+        for generator in generators
+    ]
+    index = (torch.cat(places) * len(sigma_table)).long().clamp(0, len(sigma_table) - 1)
+    return sigma_table[index].float()
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """Latents (B, C, H, W) on their straight path to noise, at sigmas (B,); https://arxiv.org/abs/2210.02747."""
+    sigmas = sigmas.view(-1, 1, 1, 1)
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """Each 2 x 2 patch of latents (B, C, H, W) becomes a token: (B, L, 4C)."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, (height // 2) * (width // 2), 4 * channels)
+
+
+def make_image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Position of each token, (L, 3): zero, row, column, for latents of `height` x `width`."""
+    sides = (torch.arange(side // 2, device=device, dtype=torch.float32) for side in (height, width))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
+
+
+def predict_velocity(
+    transformer: nn.Module,
+    noisy_latents: Tensor,
+    sigmas: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor,
+    guidance: Tensor | None,
+) -> Tensor:
+    """The one call of the model, in the field's words.
+
+    Args:
+        transformer: a FluxTransformer2DModel, wrapped or not. It takes sigma itself as its timestep.
+        noisy_latents: (B, C, H, W).
+        sigmas: (B,).
+        prompt_embeds: (B, T, D), from T5.
+        pooled_prompt_embeds: (B, P), from CLIP.
+        guidance: (B,), or None for a model without guidance embeddings.
+
+    Returns:
+        The velocity, packed: (B, L, 4C).
+    """
+    return transformer(
+        hidden_states=pack_latents(noisy_latents),
+        timestep=sigmas,
+        guidance=guidance,
+        pooled_projections=pooled_prompt_embeds,
+        encoder_hidden_states=prompt_embeds,
+        txt_ids=noisy_latents.new_zeros(prompt_embeds.shape[1], 3),
+        img_ids=make_image_ids(noisy_latents.shape[-2], noisy_latents.shape[-1], noisy_latents.device),
+        return_dict=False,
+    )[0]
+
+
+def flow_matching_loss(
+    velocity: Tensor, latents: Tensor, noise: Tensor, sigmas: Tensor, weighting_scheme: str = "none"
+) -> Tensor:
+    """Weighted mean squared error of the velocity, a picture: (B,), float32.
+
+    Packing is a permutation, so the mean is taken over the packed tokens. Weights: sigma_sqrt 1 / sigma^2, cosmap
+    2 / (pi * (1 - 2 sigma + 2 sigma^2)), else 1 (https://arxiv.org/abs/2403.03206).
+    """
+    errors = velocity.float() - pack_latents(noise - latents).float()
+    return compute_loss_weighting_for_sd3(weighting_scheme, sigmas) * errors.square().mean(dim=(1, 2))
+
+
+def weigh_losses(losses: Tensor, weights: Tensor, prior_loss_weight: float) -> Tensor:
+    """Losses of B instance pictures, or of B instance and B class pictures, as one number.
+
+    With weights (B,) of 1/B: the mean over the instance pictures, plus `prior_loss_weight` times that over the class
+    pictures (https://arxiv.org/abs/2208.12242, equation 2).
+    """
+    if len(losses) == len(weights):
+        return (weights * losses).sum()
+    instance, prior = losses.chunk(2)
+    return (weights * instance).sum() + prior_loss_weight * (weights * prior).sum()
+
+
+def training_loss(
+    transformer: nn.Module,
+    latents: Tensor,
+    noise: Tensor,
+    sigmas: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor,
+    guidance: Tensor | None,
+    weights: Tensor,
+    weighting_scheme: str = "none",
+    prior_loss_weight: float = 1.0,
+) -> Tensor:
+    """From latents, noise and sigmas to the loss of a micro-batch: a scalar. To change the loss, start here."""
+    noisy_latents = add_noise(latents, noise, sigmas)
+    velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, pooled_prompt_embeds, guidance)
+    losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme)
+    return weigh_losses(losses, weights, prior_loss_weight)
+
+
+# ======================================================================================================================
+# 6. Transformer (edit freely): what is trained, and in which precision
+# ======================================================================================================================
+
+
+def load_transformer(args: argparse.Namespace, dtype: torch.dtype, seed: int) -> FluxTransformer2DModel:
+    """The transformer, frozen in `dtype`, with trainable adapters in float32."""
+    transformer = FluxTransformer2DModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="transformer", torch_dtype=dtype, **hub_options(args)
+    ).requires_grad_(False)
+    targets = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else TRANSFORMER_TARGETS
+    add_adapter(args, transformer, targets, seed)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.enable_npu_flash_attention:
+        transformer.set_attention_backend("_native_npu")
+    return transformer.train()
+
+
+def load_text_encoder(args: argparse.Namespace, dtype: torch.dtype, seed: int) -> CLIPTextModel:
+    """CLIP, frozen in `dtype`, with trainable adapters in float32."""
+    text_encoder = CLIPTextModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="text_encoder", dtype=dtype, **hub_options(args)
+    ).requires_grad_(False)
+    add_adapter(args, text_encoder, TEXT_ENCODER_TARGETS, seed)
+    if args.gradient_checkpointing:
+        text_encoder.gradient_checkpointing_enable()
+    return text_encoder.train()
+
+
+def add_adapter(args: argparse.Namespace, model: nn.Module, targets: list[str], seed: int) -> None:
+    """Put a LoRA on the layers whose names end in one of `targets`; A is drawn from `seed`, B is zero.
+
+    Raises:
+        UsageError: if no layer of the model is called so.
+    """
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        init_lora_weights="gaussian",
+        target_modules=targets,
+    )
+    torch.manual_seed(seed)  # peft draws from the global generator
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        raise UsageError(f"--lora_layers is {args.lora_layers!r}: {error}") from error
+    cast_training_params(model, torch.float32)  # a bf16 adapter would round its updates away
+
+
+# ======================================================================================================================
+# 7. Optimizer and schedule
+# ======================================================================================================================
+
+
+def parameter_groups(args: argparse.Namespace, transformer: nn.Module, text_encoder: nn.Module | None) -> list[dict]:
+    """The trainable parameters with their learning rates and weight decays."""
+    groups = [{"params": transformer, "lr": args.learning_rate, "weight_decay": args.adam_weight_decay}]
+    if text_encoder is not None:
+        # Prodigy estimates one step size for all and refuses groups with different rates.
+        lr = args.learning_rate if args.optimizer.lower() == "prodigy" else args.text_encoder_lr
+        groups.append({"params": text_encoder, "lr": lr, "weight_decay": args.adam_weight_decay_text_encoder})
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"].parameters() if parameter.requires_grad]
+    return groups
+
+
+def make_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.Optimizer:
+    """AdamW, 8-bit AdamW or Prodigy over `groups`. To add another optimizer, add it here and in `contradictions`."""
+    common = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer.lower() == "prodigy":
+        from prodigyopt import Prodigy  # optional
+
+        return Prodigy(
+            groups,
+            **common,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit  # optional
+
+        return AdamW8bit(groups, **common)
+    return torch.optim.AdamW(groups, **common)
+
+
+def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule, which moves once an optimizer step, however many processes there are."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+# ======================================================================================================================
+# 8. Checkpoints (plumbing)
+# ======================================================================================================================
+
+STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
+
+
+def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The whole checkpoints in `output_dir`, by step, in order."""
+    found = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and (path / STATE_FILE).is_file():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names, or None to start anew.
+
+    Raises:
+        UsageError: if there is none of that name, with those that there are.
+    """
+    wanted = args.resume_from_checkpoint
+    checkpoints = list_checkpoints(args.output_dir)
+    if not wanted:
+        return None
+    if wanted == "latest":
+        if not checkpoints:
+            logger.info(f"--resume_from_checkpoint=latest: no checkpoint in {args.output_dir}, so this run starts anew")
+        return list(checkpoints.values())[-1] if checkpoints else None
+    for path in (Path(wanted), Path(args.output_dir) / wanted):
+        if (path / STATE_FILE).is_file():
+            return path
+    names = ", ".join(path.name for path in checkpoints.values()) or "none"
+    raise UsageError(f"--resume_from_checkpoint is {wanted!r}, which is no checkpoint; {args.output_dir} has {names}")
+
+
+def replace_path(new: Path, final: Path) -> None:
+    """Put `new` in the place of `final`; what stood there goes only after."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.is_dir():
+        final.rename(old)
+    new.replace(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, step: int, seed: int) -> None:
+    """Write `checkpoint-<step>`: called on all processes, whole or not there, the oldest pruned after."""
+    output = Path(args.output_dir)
+    partial = output / f".checkpoint-{step}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    state = {"step": step, "seed": seed, "processes": accelerator.num_processes, "args": settings(args)}
+    (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+    replace_path(partial, output / f"checkpoint-{step}")
+    logger.info(f"Saved checkpoint-{step}")
+    if args.checkpoints_total_limit:
+        earlier = [path for number, path in list_checkpoints(output).items() if number < step]
+        for path in earlier[: max(0, len(earlier) + 1 - args.checkpoints_total_limit)]:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
+    """Restore weights, optimizer and schedule; returns the step."""
+    accelerator.load_state(str(checkpoint))
+    return json.loads((checkpoint / STATE_FILE).read_text())["step"]
+
+
+def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model under what accelerate put around it for processes and compiling."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def component_name(model: nn.Module) -> str:
+    """What a pipeline calls an unwrapped model: "transformer" or "text_encoder"."""
+    return "transformer" if isinstance(model, FluxTransformer2DModel) else "text_encoder"
+
+
+def register_state_hooks(accelerator: Accelerator) -> None:
+    """Make `save_state` write models in the formats that pipelines load, and `load_state` read them."""
+
+    def save_hook(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        save_adapters(accelerator, models, Path(folder), torch.float32)
+        weights.clear()
+
+    def load_hook(models: list[nn.Module], folder: str) -> None:
+        state = load_file(Path(folder) / LORA_FILE)
+        while models:
+            model = unwrap(accelerator, models.pop())
+            prefix = component_name(model) + "."
+            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            left = set_peft_model_state_dict(model, own)
+            missing = [name for name in left.missing_keys if "lora" in name]
+            if left.unexpected_keys or missing:
+                raise UsageError(
+                    f"{folder} has other adapters than this run (check --lora_layers, --train_text_encoder): "
+                    f"missing {missing[:3]}, unexpected {left.unexpected_keys[:3]}"
+                )
+
+    accelerator.register_save_state_pre_hook(save_hook)
+    accelerator.register_load_state_pre_hook(load_hook)
+
+
+# ======================================================================================================================
+# 9. Sampling
+# ======================================================================================================================
+
+
+@torch.no_grad()
+def generate_class_pictures(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Draw the class pictures that are missing, at the training resolution, the processes sharing the work."""
+    folder = Path(args.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = args.num_class_images - len(list_picture_files(folder))
+    free = (number for number in range(2 * args.num_class_images) if not (folder / f"class_{number:05d}.png").exists())
+    numbers = [next(free) for _ in range(missing)]
+    accelerator.wait_for_everyone()  # nobody writes before all have counted
+    mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    if mine:
+        default = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
+        precisions = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        pipeline = FluxPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            torch_dtype=precisions.get(args.prior_generation_precision, default),
+            **hub_options(args),
+        ).to(accelerator.device)
+        pipeline.set_progress_bar_config(disable=True)
+        embeds, pooled, _ = pipeline.encode_prompt(args.class_prompt, max_sequence_length=args.max_sequence_length)
+        bar = tqdm(total=len(mine), desc="Generating class pictures", disable=not accelerator.is_local_main_process)
+        for start in range(0, len(mine), args.sample_batch_size):
+            part = mine[start : start + args.sample_batch_size]
+            pictures = pipeline(
+                prompt_embeds=embeds.expand(len(part), -1, -1),
+                pooled_prompt_embeds=pooled.expand(len(part), -1),
+                height=args.resolution,
+                width=args.resolution,
+                generator=[generator_for(args.seed or 0, "class picture", number) for number in part],
+            ).images
+            for number, picture in zip(part, pictures, strict=True):
+                partial = folder / f".class_{number:05d}.partial"
+                picture.save(partial, format="PNG")
+                partial.replace(folder / f"class_{number:05d}.png")
+            bar.update(len(part))
+        bar.close()
+    accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def sample_pictures(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    transformer: FluxTransformer2DModel,
+    vae: AutoencoderKL,
+    embeds: PromptEmbeds,
+    seed: int,
+    desc: str,
+) -> list[Image.Image]:
+    """Draw `--num_validation_images` pictures, the processes sharing the work; all of them on the main process.
+
+    At the training's resolution and text length, from the same noise every time. The transformer is used as it is:
+    neither cast nor moved.
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(args)
+    )
+    pipeline = FluxPipeline(scheduler, None, None, None, None, None, transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    numbers = range(accelerator.process_index, args.num_validation_images, accelerator.num_processes)
+    dtype = transformer.dtype if not transformer.training else torch.float32
+    was_training = transformer.training
+    transformer.eval()
+    pictures = {}
+    for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process):
+        latents = pipeline(
+            prompt_embeds=embeds.prompt_embeds[None].to(accelerator.device, dtype),
+            pooled_prompt_embeds=embeds.pooled_prompt_embeds[None].to(accelerator.device, dtype),
+            height=args.resolution,
+            width=args.resolution,
+            generator=generator_for(seed, "validation", number),
+            output_type="latent",
+        ).images
+        pictures[number] = decode_latents(vae, latents, args.resolution)
+    transformer.train(was_training)
+    return [picture for _, picture in sorted(gather_dicts(pictures).items())]
+
+
+def log_pictures(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
+    """Send pictures to the trackers that take them."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images(
+                {name: np.stack([np.asarray(picture) for picture in pictures])}, step, dataformats="NHWC"
+            )
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: pictures}, step)
+
+
+def validate(
+    args: argparse.Namespace, accelerator: Accelerator, data: "TrainingData", trained: "Trained", seed: int, step: int
+) -> None:
+    """Draw pictures from the live model, into `output_dir/validation` and the trackers."""
+    embeds = data.prompts[args.validation_prompt]
+    if trained.text_encoder is not None:
+        with torch.no_grad():
+            pooled = pool_with_clip(trained.text_encoder, embeds.clip_ids[None].to(accelerator.device))
+        embeds = embeds._replace(pooled_prompt_embeds=pooled[0])
+    transformer = unwrap(accelerator, trained.transformer)
+    data.vae.to(accelerator.device)
+    pictures = sample_pictures(args, accelerator, transformer, data.vae, embeds, seed, "Validation")
+    if data.dataset.cached is not None:  # the training does not need it in between
+        data.vae.to("cpu")
+    if accelerator.is_main_process:
+        folder = Path(args.output_dir) / "validation"
+        folder.mkdir(exist_ok=True)
+        for number, picture in enumerate(pictures):
+            picture.save(folder / f"step_{step:06d}_{number}.png")
+        log_pictures(accelerator, "validation", pictures, step)
+    accelerator.wait_for_everyone()
+
+
+# ======================================================================================================================
+# 10. Results (plumbing)
+# ======================================================================================================================
+
+
+def save_adapters(accelerator: Accelerator, models: list[nn.Module], folder: Path, dtype: torch.dtype) -> None:
+    """Write all adapters with their metadata (rank, alpha, targets) into one file; called on all processes."""
+    parts: dict[str, Any] = {}
+    for wrapped in models:
+        model = unwrap(accelerator, wrapped)
+        layers = get_peft_model_state_dict(model)
+        name = component_name(model)
+        parts[f"{name}_lora_layers"] = {key: value.detach().to("cpu", dtype) for key, value in layers.items()}
+        parts[f"{name}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+    if accelerator.is_main_process:
+        FluxPipeline.save_lora_weights(folder, weight_name=LORA_FILE, **parts)
+
+
+def save_results(args: argparse.Namespace, accelerator: Accelerator, trained: "Trained", dtype: torch.dtype) -> None:
+    """Write `pytorch_lora_weights.safetensors` in `dtype`; called on all processes."""
+    output, partial = Path(args.output_dir), Path(args.output_dir) / ".results.partial"
+    save_adapters(accelerator, trained.models, partial, dtype)
+    if accelerator.is_main_process:
+        replace_path(partial / LORA_FILE, output / LORA_FILE)
+        partial.rmdir()
+    accelerator.wait_for_everyone()
+
+
+def load_results(args: argparse.Namespace, dtype: torch.dtype) -> FluxPipeline:
+    """The pipeline with what was saved, as a user would load it, but for T5, whose embeddings are at hand."""
+    pipeline = FluxPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        torch_dtype=dtype,
+        **hub_options(args),
+    )
+    pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
+    return pipeline
+
+
+def draw_final_pictures(
+    args: argparse.Namespace, accelerator: Accelerator, embeds: PromptEmbeds, seed: int, dtype: torch.dtype, step: int
+) -> None:
+    """Draw pictures from what was saved, which proves the files; `image_<n>.png` and the trackers."""
+    pipeline = load_results(args, dtype).to(accelerator.device)
+    if args.train_text_encoder:
+        with torch.no_grad():
+            pooled = pool_with_clip(pipeline.text_encoder, embeds.clip_ids[None].to(accelerator.device))
+        embeds = embeds._replace(pooled_prompt_embeds=pooled[0])
+    pipeline.transformer.eval()
+    pictures = sample_pictures(args, accelerator, pipeline.transformer, pipeline.vae, embeds, seed, "Final pictures")
+    if accelerator.is_main_process:
+        for number, picture in enumerate(pictures):
+            picture.save(Path(args.output_dir) / f"image_{number}.png")
+        log_pictures(accelerator, "test", pictures, step)
+    accelerator.wait_for_everyone()
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as plain values, without the token: for trackers, checkpoints and the model card."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+
+
+def write_model_card(args: argparse.Namespace, repo_id: str, steps: int, seed: int) -> None:
+    """Write README.md for the Hub: gallery, trigger words, code that loads the result, settings, licence."""
+    output = Path(args.output_dir)
+    pictures = sorted(path.name for path in output.glob("image_*.png")) if args.validation_prompt else []
+    base = args.pretrained_model_name_or_path
+    kind, tags = "LoRA", ["lora", "template:sd-lora"]
+    load = f'pipeline = FluxPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")\n'
+    load += f'pipeline.load_lora_weights("{repo_id}", weight_name="{LORA_FILE}")'
+    card = ModelCardData(
+        base_model=None if Path(base).exists() else base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license="other",
+        license_name="flux-1-dev-non-commercial-license",
+        license_link="https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+        instance_prompt=args.instance_prompt,
+        widget=[{"text": args.validation_prompt, "output": {"url": name}} for name in pictures],
+        tags=["text-to-image", "diffusers", "diffusers-training", "flux", "flux-diffusers", "dreambooth", *tags],
+    )
+    parser = make_parser()
+    changed = {name: value for name, value in sorted(settings(args).items()) if value != parser.get_default(name)}
+    rows = "\n".join(f"| `--{name}` | `{value}` |" for name, value in changed.items() if name != "output_dir")
+    text_encoder = "CLIP was trained too" if args.train_text_encoder else "The text encoders were not trained"
+    prompt = args.validation_prompt or args.instance_prompt
+    body = f"""# {repo_id.split("/")[-1]}
+
+A DreamBooth {kind} of [{base}](https://huggingface.co/{base}), trained for {steps} steps at {args.resolution} px.
+{text_encoder}.
+
+{"<Gallery />" if pictures else ""}
+
+## Trigger words
+
+Use `{args.instance_prompt}` in the prompt.
+
+## Use it
+
+```python
+import torch
+from diffusers import FluxPipeline
+
+{load}
+image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]
+image.save("image.png")
+```
+
+## Settings
+
+What differs from the defaults; the seed was {seed}.
+
+| flag | value |
+|---|---|
+{rows}
+
+Trained with diffusers {diffusers.__version__}, transformers {transformers.__version__}, \
+accelerate {accelerate.__version__}, peft {peft.__version__}, torch {torch.__version__}.
+
+## Licence
+
+FLUX.1 [dev]'s: [non-commercial](https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md).
+"""
+    partial = output / ".README.md.partial"
+    ModelCard(f"---\n{card.to_yaml()}\n---\n\n{body}").save(partial)
+    replace_path(partial, output / "README.md")
+
+
+def create_repository(args: argparse.Namespace) -> str:
+    """Make the Hub's repository if need be, before anything expensive; returns its full name.
+
+    Raises:
+        UsageError: if the Hub refuses the token or the name, or cannot be reached.
+    """
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # whatever it is, the push would fail after hours
+        raise UsageError(
+            f"--push_to_hub: the Hub refused the repository {name!r}: {error}\n"
+            "  log in with `hf auth login`, give --hub_token or --hub_model_id, or leave --push_to_hub out"
+        ) from error
+
+
+def push_to_hub(args: argparse.Namespace, repo_id: str) -> None:
+    """Upload the result, the card and its pictures: no checkpoints, no logs."""
+    allowed = ["README.md", LORA_FILE, "image_*.png"]
+    HfApi(token=args.hub_token).upload_folder(
+        repo_id=repo_id, folder_path=args.output_dir, allow_patterns=allowed, commit_message="End of training"
+    )
+    logger.info(f"Uploaded the result to {repo_id}")
+
+
+# ======================================================================================================================
+# 11. Training
+# ======================================================================================================================
+
+
+@dataclass
+class TrainingData:
+    """What the stages before the transformer leave behind."""
+
+    dataset: DreamBoothDataset
+    prompts: dict[str, PromptEmbeds]
+    vae: AutoencoderKL | None  # None: nothing needs it any more
+    shift_factor: float
+    scaling_factor: float
+
+
+@dataclass
+class Trained:
+    """What is trained, and what trains it; wrapped by accelerate."""
+
+    transformer: nn.Module
+    text_encoder: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [model for model in (self.transformer, self.text_encoder) if model is not None]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Highest use so far in GiB: of the device since the stage began, where it can say, and of this process."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = {"peak_host_memory": host / GIB}
+    read = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return peak if read is None else peak | {"peak_device_memory": read(device) / GIB}
+
+
+@contextlib.contextmanager
+def stage(accelerator: Accelerator, name: str) -> Iterator[None]:
+    """Announce a stage; when it ends, return freed memory to the device and log time and peak memory."""
+    logger.info(name)
+    reset = getattr(torch.get_device_module(accelerator.device), "reset_peak_memory_stats", None)
+    if reset is not None:
+        reset(accelerator.device)
+    start = time.perf_counter()
+    yield
+    gc.collect()
+    peak = ", ".join(
+        f"{key.replace('_', ' ')} {value:.2f} GiB" for key, value in peak_memory(accelerator.device).items()
+    )
+    clear_device_cache()
+    logger.info(f"{name}: {time.perf_counter() - start:.1f} s, {peak}")
+
+
+def draw_normal(shape: torch.Size, seed: int, purpose: str, places: list[tuple]) -> Tensor:
+    """Standard normal noise of `shape` for each of B places in the run: (B, *shape)."""
+    return torch.stack([torch.randn(shape, generator=generator_for(seed, purpose, *place)) for place in places])
+
+
+def prepare_inputs(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    data: TrainingData,
+    trained: Trained,
+    batch: dict[str, Any],
+    sigma_table: Tensor,
+    seed: int,
+) -> dict[str, Any]:
+    """Turn a micro-batch into the tensors of `training_loss`, on the device."""
+    device, keys = accelerator.device, batch["keys"]
+    halves = ("instance", "class")[: len(batch["prompts"]) // len(keys)]
+    places = [(half, key.epoch, key.position) for half in halves for key in keys]
+    if "latents" in batch:
+        distribution = LatentDistribution(*(part.to(device, non_blocking=True) for part in batch["latents"]))
+    else:
+        distribution = encode_pixels(data.vae, batch["pixels"])
+    shape = distribution.mean.shape[1:]
+    posterior_noise = draw_normal(shape, seed, "posterior", places).to(device, non_blocking=True)
+    sigmas = sample_sigmas(
+        [generator_for(seed, "sigma", *place) for place in places],
+        sigma_table,
+        args.weighting_scheme,
+        args.logit_mean,
+        args.logit_std,
+        args.mode_scale,
+    )
+    embeds = [data.prompts[prompt] for prompt in batch["prompts"]]
+    if trained.text_encoder is None:
+        pooled = torch.stack([embed.pooled_prompt_embeds for embed in embeds]).to(device)
+    else:
+        pooled = pool_with_clip(trained.text_encoder, torch.stack([embed.clip_ids for embed in embeds]).to(device))
+    guided = unwrap(accelerator, trained.transformer).config.guidance_embeds
+    return {
+        "latents": sample_latents(distribution, posterior_noise, data.shift_factor, data.scaling_factor),
+        "noise": draw_normal(shape, seed, "noise", places).to(device, non_blocking=True),
+        "sigmas": sigmas.to(device),
+        "prompt_embeds": torch.stack([embed.prompt_embeds for embed in embeds]).to(device),
+        "pooled_prompt_embeds": pooled,
+        "guidance": torch.full((len(embeds),), args.guidance_scale, device=device) if guided else None,
+        "weights": batch["weights"].to(device),
+        "weighting_scheme": args.weighting_scheme,
+        "prior_loss_weight": args.prior_loss_weight,
+    }
+
+
+@contextlib.contextmanager
+def accumulate(accelerator: Accelerator, models: list[nn.Module], last: bool) -> Iterator[None]:
+    """Gradients are shared between processes, and the optimizer may step, only in the `last` micro-batch of a step."""
+    accelerator.sync_gradients = last
+    with contextlib.ExitStack() as stack:
+        if not last:
+            for model in models:
+                stack.enter_context(accelerator.no_sync(model))
+        yield
+
+
+def log_step(
+    accelerator: Accelerator, trained: Trained, loss: Tensor, grad_norm: Tensor | None, seconds: float, step: int
+) -> dict[str, float]:
+    """Log what an optimizer step did. `loss` is this process's share of the step's mean.
+
+    Raises:
+        FloatingPointError: if the loss is not a number any more.
+    """
+    value = accelerator.reduce(loss, reduction="sum").item()
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the loss is {value} at step {step}. Likely causes: --learning_rate too high, fp16 overflow (use bf16), "
+            "or broken weights. The checkpoints written so far are good: resume from the last with other flags"
+        )
+    group = trained.optimizer.param_groups[0]
+    values = {"loss": value, "lr": trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
+    if grad_norm is not None:
+        values["grad_norm"] = float(grad_norm)
+    if "d" in group:  # Prodigy's estimate of the step size
+        values["prodigy_d"] = float(group["d"])
+    values |= peak_memory(accelerator.device)
+    accelerator.log(values, step=step)
+    return values
+
+
+def train(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    data: TrainingData,
+    trained: Trained,
+    schedule: MicroBatches,
+    seed: int,
+) -> None:
+    """The loop: from `schedule.first_step` to `schedule.last_step`, with validation and checkpoints on the way."""
+    loader = DataLoader(
+        data.dataset,
+        batch_sampler=schedule,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=generator_for(seed, "loader"),
+    )
+    sigma_table = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(args)
+    ).sigmas
+    step, start = schedule.first_step, time.perf_counter()
+    progress = tqdm(initial=step, total=schedule.last_step, desc="Steps", disable=not accelerator.is_local_main_process)
+    step_loss = torch.zeros((), device=accelerator.device)
+    for batch in loader:
+        last = batch["keys"][0].last
+        with accumulate(accelerator, trained.models, last):
+            # What still draws from the global generator, dropout, is repeatable too.
+            torch.manual_seed(generator_for(seed, "dropout", *batch["keys"][0][:2]).initial_seed())
+            inputs = prepare_inputs(args, accelerator, data, trained, batch, sigma_table, seed)
+            loss = training_loss(trained.transformer, **inputs)
+            # `weights` make the mean over the step; accelerate divides by both of these.
+            accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+            step_loss += loss.detach()
+        if not last:
+            continue
+        grad_norm = accelerator.clip_grad_norm_(trained.parameters, args.max_grad_norm or math.inf)
+        trained.optimizer.step()
+        trained.lr_scheduler.step()
+        trained.optimizer.zero_grad()
+        step += 1
+        values = log_step(accelerator, trained, step_loss, grad_norm, time.perf_counter() - start, step)
+        step_loss, start = torch.zeros_like(step_loss), time.perf_counter()
+        progress.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
+        progress.update()
+        if step % args.checkpointing_steps == 0:
+            save_checkpoint(args, accelerator, step, seed)
+        epoch, left = divmod(step, schedule.steps_per_epoch)
+        if args.validation_prompt and left == 0 and (epoch - 1) % args.validation_epochs == 0:
+            validate(args, accelerator, data, trained, seed, step)
+    progress.close()
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Devices, processes, precision and trackers, and how this script logs."""
+    project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=project,
+            step_scheduler_with_optimizer=False,  # the schedule counts optimizer steps, not processes
+        )
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"--mixed_precision={args.mixed_precision}, --report_to={args.report_to}: {error}") from error
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        if not accelerator.is_local_main_process:
+            library.utils.logging.disable_progress_bar()
+    for note in notes_on_args(args):
+        logger.warning(note)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def choose_seed(args: argparse.Namespace, checkpoint: Path | None) -> int:
+    """The run's seed: `--seed`, else the checkpoint's, else a new one, the same on all processes."""
+    if args.seed is None and checkpoint is not None:
+        return json.loads((checkpoint / STATE_FILE).read_text())["seed"]
+    if args.seed is not None:
+        return args.seed
+    drawn = accelerate.utils.broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
+    logger.info(f"No --seed: drew {drawn}")
+    return drawn
+
+
+def prepare_data(args: argparse.Namespace, accelerator: Accelerator, dataset: DreamBoothDataset) -> TrainingData:
+    """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
+    prompts = list(dict.fromkeys([*dataset.prompts, *filter(None, [args.validation_prompt])]))
+    with stage(accelerator, f"Encoding {len(prompts)} prompts"):
+        encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
+    with stage(accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):
+        vae = load_vae(args, accelerator)
+        config = vae.config
+        if args.cache_latents:
+            cache_latents(accelerator, vae, dataset)
+            vae = vae.to("cpu") if args.validation_prompt else None
+    return TrainingData(dataset, encoded, vae, config.shift_factor, config.scaling_factor)
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision of what is frozen, by what accelerate resolved from flag, environment and configuration."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def prepare_training(args: argparse.Namespace, accelerator: Accelerator, seed: int) -> Trained:
+    """Load what is trained, make its optimizer and schedule, and hand all of it to accelerate."""
+    dtype, adapter_seed = weight_dtype(accelerator), generator_for(seed, "adapters").initial_seed()
+    transformer = load_transformer(args, dtype, adapter_seed).to(accelerator.device)
+    text_encoder = load_text_encoder(args, dtype, adapter_seed) if args.train_text_encoder else None
+    optimizer = make_optimizer(args, parameter_groups(args, transformer, text_encoder))
+    lr_scheduler = make_lr_scheduler(args, optimizer)
+    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    if text_encoder is not None:
+        text_encoder = accelerator.prepare(text_encoder)
+    register_state_hooks(accelerator)
+    trained = Trained(transformer, text_encoder, optimizer, lr_scheduler)
+    count = sum(parameter.numel() for parameter in trained.parameters)
+    logger.info(f"Training {count:,} parameters in float32 under mixed precision {accelerator.mixed_precision}")
+    return trained
+
+
+def fit(
+    args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, checkpoint: Path | None, seed: int
+) -> int:
+    """Load, train, save: when this returns, the memory of the training is free. Returns the number of steps."""
+    with stage(accelerator, "Loading the transformer"):
+        trained = prepare_training(args, accelerator, seed)
+    first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
+    if checkpoint:
+        logger.info(f"Resuming from {checkpoint} at step {first_step} of {args.max_train_steps}")
+    schedule = MicroBatches(
+        len(data.dataset),
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+        seed,
+        first_step,
+        args.max_train_steps,
+    )
+    with stage(accelerator, "Training"):
+        train(args, accelerator, data, trained, schedule, seed)
+    with stage(accelerator, "Saving the result"):
+        save_results(
+            args, accelerator, trained, torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
+        )
+    accelerator.free_memory()
+    return max(first_step, args.max_train_steps)
+
+
+def resolve_steps(args: argparse.Namespace, accelerator: Accelerator, examples: int) -> None:
+    """Fill in what follows from the data and the processes: `--max_train_steps`, and `--scale_lr`'s rate."""
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    steps_per_epoch = math.ceil(examples / per_step)
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * steps_per_epoch
+    if args.scale_lr:
+        args.learning_rate *= per_step
+        logger.info(f"--scale_lr: the learning rate is {args.learning_rate} for {per_step} examples a step")
+    logger.info(
+        f"{examples} examples, {per_step} a step, {steps_per_epoch} steps an epoch, {args.max_train_steps} steps in all"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """The story: pictures, prompts, latents, transformer, training, result, final pictures, card, Hub."""
+    accelerator = make_accelerator(args)
+    instance_pictures = (
+        pictures_in_dataset(args)
+        if args.dataset_name
+        else pictures_in_folder("--instance_data_dir", args.instance_data_dir, args.instance_prompt)
+    )
+    check_pictures(instance_pictures, args.resolution)
+    checkpoint = find_checkpoint(args)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    repo_id = Path(args.output_dir).resolve().name
+    if args.push_to_hub:
+        repo_id = create_repository(args)
+    seed = choose_seed(args, checkpoint)
+
+    class_pictures: list[Picture] = []
+    if args.with_prior_preservation:
+        with stage(accelerator, "Generating class pictures"):
+            generate_class_pictures(args, accelerator)
+        class_pictures = pictures_in_folder("--class_data_dir", args.class_data_dir, args.class_prompt)
+        class_pictures = class_pictures[: args.num_class_images]
+    dataset = DreamBoothDataset(instance_pictures, class_pictures, args, seed)
+    resolve_steps(args, accelerator, len(dataset))
+    accelerator.init_trackers(
+        "dreambooth-flux-lora",
+        config={name: "" if value is None else value for name, value in settings(args).items()},
+    )
+
+    data = prepare_data(args, accelerator, dataset)
+    steps = fit(args, accelerator, data, checkpoint, seed)
+    if args.validation_prompt:
+        embeds = data.prompts[args.validation_prompt]
+        del data
+        with stage(accelerator, "Drawing the final pictures"):
+            draw_final_pictures(args, accelerator, embeds, seed, weight_dtype(accelerator), steps)
+    if accelerator.is_main_process:
+        write_model_card(args, repo_id, steps, seed)
+        if args.push_to_hub:
+            push_to_hub(args, repo_id)
+    accelerator.end_training()
+    logger.info(f"Done: the result is in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
