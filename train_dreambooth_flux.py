@@ -87,6 +87,9 @@ logger = logging.getLogger(__name__)
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".avif"}
 PIXELS_PER_TOKEN = 16  # the VAE shrinks by 8, packing by 2: a side must be a multiple of this
 GIB = 1024**3
+INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+SCHEDULES = [kind.value for kind in SchedulerType]
+WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
 TRANSFORMER_FILES = "diffusion_pytorch_model{suffix}.safetensors"
 
 
@@ -117,67 +120,46 @@ def parse_bool(text: str) -> bool:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--pretrained_model_name_or_path",
-        type=str,
-        required=True,
-        help="FLUX.1 checkpoint: a Hub name such as black-forest-labs/FLUX.1-dev, or a folder in diffusers' format",
+        "--pretrained_model_name_or_path", required=True, help="FLUX.1 on the Hub, or a folder in diffusers' format"
     )
-    group.add_argument("--revision", type=str, help="branch, tag or commit of the checkpoint on the Hub")
-    group.add_argument("--variant", type=str, help="variant of the weight files, for example fp16")
-    group.add_argument("--cache_dir", type=str, help="where downloaded models and datasets are kept")
+    group.add_argument("--revision", help="branch, tag or commit of the checkpoint on the Hub")
+    group.add_argument("--variant", help="variant of the weight files, for example fp16")
+    group.add_argument("--cache_dir", help="where downloaded models and datasets are kept")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pictures and captions", "give --instance_data_dir or --dataset_name")
-    group.add_argument("--instance_data_dir", type=str, help="folder with the pictures of the subject")
-    group.add_argument("--dataset_name", type=str, help="dataset with the pictures: a Hub name or a local folder")
-    group.add_argument("--dataset_config_name", type=str, help="configuration of the dataset, if it has several")
-    group.add_argument("--image_column", type=str, default="image", help="column of the dataset with the pictures")
+    group.add_argument("--instance_data_dir", help="folder with the pictures of the subject")
+    group.add_argument("--dataset_name", help="dataset with the pictures: a Hub name or a local folder")
+    group.add_argument("--dataset_config_name", help="configuration of the dataset, if it has several")
+    group.add_argument("--image_column", default="image", help="column of the dataset with the pictures")
     group.add_argument(
-        "--caption_column", type=str, help="column with one prompt a picture; without it all share --instance_prompt"
+        "--caption_column", help="column with a prompt for each picture (default: --instance_prompt for all)"
     )
-    group.add_argument(
-        "--instance_prompt",
-        type=str,
-        required=True,
-        help="prompt that names the subject by a rare word, for example 'a photo of sks dog'",
-    )
+    group.add_argument("--instance_prompt", required=True, help="prompt with a rare word: 'a photo of sks dog'")
     group.add_argument("--repeats", type=int, default=1, help="how often each picture is seen in an epoch")
-    group.add_argument(
-        "--resolution", type=int, default=512, help="side of the square that is trained, in pixels; a multiple of 16"
-    )
+    group.add_argument("--resolution", type=int, default=512, help="side of the square in pixels, a multiple of 16")
     group.add_argument("--center_crop", action="store_true", help="crop the centre; else a new random crop each epoch")
     group.add_argument("--random_flip", action="store_true", help="mirror half of the pictures, drawn anew each epoch")
-    group.add_argument(
-        "--image_interpolation_mode",
-        type=str,
-        default="lanczos",
-        choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"],
-        help="filter that resizes the pictures",
-    )
+    group.add_argument("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="resize filter")
     group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that load pictures; 0: none")
     group.add_argument(
-        "--cache_latents",
-        action="store_true",
-        help="encode each picture once and free the VAE; crops and flips are then drawn once",
+        "--cache_latents", action="store_true", help="encode each picture once, with one crop, and free the VAE"
     )
 
 
 def add_prior_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "prior preservation", "keeps the class as it was by training on the model's own pictures of it"
-    )
+    group = parser.add_argument_group("prior preservation", "train on the model's own pictures of the class as well")
     group.add_argument("--with_prior_preservation", action="store_true", help="train on class pictures as well")
-    group.add_argument("--class_data_dir", type=str, help="folder of class pictures; missing ones are generated")
-    group.add_argument("--class_prompt", type=str, help="prompt of the class, for example 'a photo of a dog'")
+    group.add_argument("--class_data_dir", help="folder of class pictures; missing ones are generated")
+    group.add_argument("--class_prompt", help="prompt of the class, for example 'a photo of a dog'")
     group.add_argument("--num_class_images", type=int, default=100, help="class pictures that there should be")
     group.add_argument("--prior_loss_weight", type=float, default=1.0, help="weight of the class pictures' loss")
     group.add_argument("--sample_batch_size", type=int, default=4, help="class pictures generated at a time")
     group.add_argument(
         "--prior_generation_precision",
-        type=str,
         choices=["no", "fp32", "fp16", "bf16"],
-        help="precision of that generation (default: bf16 on an accelerator, else fp32)",
+        help="(default: bf16 on an accelerator, else fp32)",
     )
 
 
@@ -188,110 +170,73 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
     group.add_argument("--num_train_epochs", type=int, default=1, help="passes over the pictures")
     group.add_argument("--max_train_steps", type=int, help="optimizer steps; wins over --num_train_epochs")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     group.add_argument(
-        "--gradient_checkpointing", action="store_true", help="recompute activations: slower, less memory"
-    )
-    group.add_argument(
-        "--mixed_precision",
-        type=str,
-        choices=["no", "fp16", "bf16"],
-        help="precision of the computation (default: what `accelerate config` says)",
+        "--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"
     )
     group.add_argument("--allow_tf32", action="store_true", help="float32 products in TF32 on Ampere and newer")
-    group.add_argument(
-        "--enable_npu_flash_attention", action="store_true", help="flash attention on an Ascend NPU (needs torch_npu)"
-    )
+    group.add_argument("--enable_npu_flash_attention", action="store_true", help="on an Ascend NPU (needs torch_npu)")
     group.add_argument("--seed", type=int, help="makes the run repeatable (default: drawn, logged and kept)")
     group.add_argument("--local_rank", type=int, default=-1, help="set by launchers; the environment's value wins")
 
 
 def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("flow matching and prompts")
+    group.add_argument("--guidance_scale", type=float, default=3.5, help="guidance input in training")
     group.add_argument(
-        "--guidance_scale", type=float, default=3.5, help="guidance that the distilled model is told in training"
-    )
-    group.add_argument(
-        "--weighting_scheme",
-        type=str,
-        default="none",
-        choices=["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"],
-        help="how sigmas are drawn (logit_normal, mode) or losses weighted (sigma_sqrt, cosmap)",
+        "--weighting_scheme", default="none", choices=WEIGHTING_SCHEMES, help="how sigmas are drawn or losses weighted"
     )
     group.add_argument("--logit_mean", type=float, default=0.0, help="mean for --weighting_scheme=logit_normal")
     group.add_argument("--logit_std", type=float, default=1.0, help="deviation for --weighting_scheme=logit_normal")
     group.add_argument("--mode_scale", type=float, default=1.29, help="scale for --weighting_scheme=mode")
-    group.add_argument(
-        "--max_sequence_length",
-        type=int,
-        default=77,
-        help="tokens of a prompt that T5 reads, at most 512",
-    )
+    group.add_argument("--max_sequence_length", type=int, default=77, help="tokens of a prompt that T5 reads")
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer and schedule")
-    group.add_argument("--optimizer", type=str, default="AdamW", help="AdamW or prodigy")
+    group.add_argument("--optimizer", default="AdamW", help="AdamW or prodigy")
     group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes)")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="of the transformer; with prodigy use 1")
     group.add_argument("--text_encoder_lr", type=float, default=5e-6, help="of CLIP; prodigy takes --learning_rate")
     group.add_argument("--scale_lr", action="store_true", help="multiply by processes x accumulation x batch size")
-    group.add_argument(
-        "--lr_scheduler",
-        type=str,
-        default="constant",
-        choices=[kind.value for kind in SchedulerType],
-        help="how the learning rate changes",
-    )
+    group.add_argument("--lr_scheduler", default="constant", choices=SCHEDULES, help="schedule of the learning rate")
     group.add_argument("--lr_warmup_steps", type=int, default=500, help="warm-up, where the schedule has one")
     group.add_argument("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
     group.add_argument("--lr_power", type=float, default=1.0, help="power of polynomial")
-    group.add_argument("--lr_step_rules", type=str, help="of piecewise_constant: '1:100,0.1:300,0.01' multiplies by 1 "
-                       "until step 100, by 0.1 until 300, then by 0.01")  # fmt: skip
+    group.add_argument(
+        "--lr_step_rules", help="piecewise_constant's: '1:100,0.1:300,0.01', factor:until step,...,factor"
+    )
     group.add_argument("--adam_beta1", type=float, default=0.9, help="decay of the gradient's mean")
     group.add_argument("--adam_beta2", type=float, default=0.999, help="decay of the gradient's square")
     group.add_argument("--adam_weight_decay", type=float, default=1e-4, help="of the transformer")
     group.add_argument("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="of CLIP")
     group.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
-    group.add_argument(
-        "--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm; 0: not at all"
-    )
-    group.add_argument(
-        "--prodigy_beta3", type=float, help="decay of prodigy's step-size estimate (default: sqrt(beta2))"
-    )
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip gradients to it; 0: do not")
+    group.add_argument("--prodigy_beta3", type=float, help="decay of the estimate (default: sqrt(beta2))")
     group.add_argument("--prodigy_decouple", type=parse_bool, default=True, help="decoupled weight decay, as in AdamW")
     group.add_argument("--prodigy_use_bias_correction", type=parse_bool, default=True, help="Adam's bias correction")
-    group.add_argument(
-        "--prodigy_safeguard_warmup", type=parse_bool, default=True, help="keep the estimate sound during warm-up"
-    )
+    group.add_argument("--prodigy_safeguard_warmup", type=parse_bool, default=True, help="for a warm-up")
 
 
 def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("validation")
-    group.add_argument("--validation_prompt", type=str, help="prompt of the pictures drawn to watch the training")
+    group.add_argument("--validation_prompt", help="prompt of the pictures drawn to watch the training")
     group.add_argument("--num_validation_images", type=int, default=4, help="pictures each time")
-    group.add_argument(
-        "--validation_epochs", type=int, default=50, help="draw after the first epoch, then every so many epochs"
-    )
+    group.add_argument("--validation_epochs", type=int, default=50, help="after the first epoch, then every so many")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output, checkpoints and the Hub")
-    group.add_argument("--output_dir", type=str, default="flux-dreambooth", help="where everything is written")
-    group.add_argument("--logging_dir", type=str, default="logs", help="of the trackers, inside --output_dir")
-    group.add_argument(
-        "--report_to", type=str, default="tensorboard", help="tensorboard, wandb, all, none, or another of accelerate's"
-    )
+    group.add_argument("--output_dir", default="flux-dreambooth", help="where everything is written")
+    group.add_argument("--logging_dir", default="logs", help="of the trackers, inside --output_dir")
+    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all, none, ...")
     group.add_argument("--checkpointing_steps", type=int, default=500, help="steps between two checkpoints")
     group.add_argument("--checkpoints_total_limit", type=int, help="how many checkpoints to keep (default: all)")
-    group.add_argument("--resume_from_checkpoint", type=str, help="latest, or a checkpoint's name or path")
-    group.add_argument(
-        "--upcast_before_saving",
-        action="store_true",
-        help="save the result in float32, not in the precision of the training",
-    )
+    group.add_argument("--resume_from_checkpoint", help="latest, or a checkpoint's name or path")
+    group.add_argument("--upcast_before_saving", action="store_true", help="save the result in float32")
     group.add_argument("--push_to_hub", action="store_true", help="upload the result to the Hub")
-    group.add_argument("--hub_model_id", type=str, help="repository (default: the name of --output_dir)")
-    group.add_argument("--hub_token", type=str, help="token for the Hub (default: that of `hf auth login`)")
+    group.add_argument("--hub_model_id", help="repository (default: the name of --output_dir)")
+    group.add_argument("--hub_token", help="token for the Hub (default: that of `hf auth login`)")
 
 
 def make_parser() -> argparse.ArgumentParser:

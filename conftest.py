@@ -1,0 +1,125 @@
+"""Fixtures that the tests share: a tiny checkpoint, pictures, and both scripts run in this process."""
+
+import gc
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+HOME = tempfile.mkdtemp(prefix="flux-tests-")  # before anything of Hugging Face is imported: no user's cache is touched
+os.environ.update(
+    HF_HOME=HOME,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    ACCELERATE_USE_CPU="true",
+    CUDA_VISIBLE_DEVICES="",
+    WANDB_MODE="offline",
+    WANDB_DIR=HOME,
+    WANDB_SILENT="true",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from huggingface_hub import constants, hf_api  # noqa: E402
+
+import random_flux  # noqa: E402
+import train_dreambooth_flux  # noqa: E402
+import train_dreambooth_lora_flux  # noqa: E402
+from tests.local_hub import HubState, serve  # noqa: E402
+
+gc.freeze()  # the libraries' objects are not looked at by every `gc.collect` of the scripts: 0.2 s each
+
+SCRIPTS = {"full": train_dreambooth_flux, "lora": train_dreambooth_lora_flux}
+Run = Callable[..., Path]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint like FLUX.1 [dev]. Read only."""
+    return random_flux.write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint like FLUX.1 [schnell], without guidance embeddings. Read only."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-schnell"
+    return random_flux.write_checkpoint(folder, guidance_embeds=False)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of five pictures of different sizes and orientations. Read only."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random_flux.write_pictures(folder)
+    return folder
+
+
+@pytest.fixture(params=list(SCRIPTS))
+def script(request: pytest.FixtureRequest) -> ModuleType:
+    """Each of the two scripts in turn."""
+    return SCRIPTS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps its state in singletons; each test starts without."""
+    yield
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def base_flags(tiny_flux: Path, pictures: Path, tmp_path: Path) -> list[str]:
+    """Flags of a short run on the tiny checkpoint: 32 px, batch size 1, no tracker. Later flags win over these."""
+    return [
+        f"--pretrained_model_name_or_path={tiny_flux}",
+        f"--instance_data_dir={pictures}",
+        "--instance_prompt=a photo of sks dog",
+        f"--output_dir={tmp_path / 'out'}",
+        "--resolution=32",
+        "--train_batch_size=1",
+        "--max_train_steps=2",
+        "--max_sequence_length=16",
+        "--num_validation_images=1",
+        "--report_to=none",
+        "--seed=0",
+    ]
+
+
+@pytest.fixture
+def run(base_flags: list[str]) -> Run:
+    """`run(script, *flags)` runs a script's main with `base_flags` and `flags`, and returns its output folder."""
+
+    def run_main(script: ModuleType, *flags: str) -> Path:
+        reset_accelerate()
+        args = script.parse_args([*base_flags, *flags])
+        script.main(args)
+        return Path(args.output_dir)
+
+    return run_main
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubState]:
+    """A stand-in of the Hub, which this process takes for the real one."""
+    state = HubState()
+    server = serve(state)
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hf_api, "ENDPOINT", address, raising=False)
+    yield state
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,150 @@
+"""A stand-in of the Hub on 127.0.0.1: as much of its API as creating a repository and uploading a folder take."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+
+
+@dataclass
+class HubState:
+    """What the stand-in has seen and holds."""
+
+    user: str = "tester"
+    token: str | None = None  # refuse every other one
+    refuse_commits: int = 0  # answer this many commits with a server error
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Authorization
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)  # name -> path -> content
+    blobs: dict[str, bytes] = field(default_factory=dict)  # large files by sha256, before their commit
+    cards: list[str] = field(default_factory=list)  # model cards that were sent for validation
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state: HubState
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def read_body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().strip(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def answer(self, content: Any, code: int = 200, **headers: str) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        headers = {"Content_Type": "application/json", "Content_Length": str(len(body))} | headers
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def handle_request(self) -> None:
+        body, path = self.read_body(), self.path.split("?")[0]
+        authorization = self.headers.get("Authorization")
+        self.state.requests.append((self.command, path, authorization))
+        if self.state.token and path.startswith("/api/") and authorization != f"Bearer {self.state.token}":
+            return self.answer({"error": "Invalid username or password."}, 401)
+        for pattern, method in self.ROUTES.items():
+            if match := re.fullmatch(pattern, path):
+                return getattr(self, method)(body, *match.groups())
+        self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
+
+    do_GET = do_POST = do_PUT = do_HEAD = handle_request
+
+    ROUTES: ClassVar = {
+        r"/api/whoami-v2": "who_am_i",
+        r"/api/repos/create": "create_repository",
+        r"/api/validate-yaml": "validate_card",
+        r"/api/models/([^/]+/[^/]+)/preupload/main": "plan_upload",
+        r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch": "offer_blobs",
+        r"/blobs/(\w+)": "take_blob",
+        r"/api/models/([^/]+/[^/]+)/commit/main": "commit",
+        r"/api/models/([^/]+/[^/]+)(?:/revision/main)?": "describe",
+    }
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def who_am_i(self, _: bytes) -> None:
+        access = {"accessToken": {"role": "write", "displayName": "test"}}
+        self.answer({"name": self.state.user, "type": "user", "orgs": [], "auth": access})
+
+    def create_repository(self, body: bytes) -> None:
+        wanted = json.loads(body)
+        name = f"{wanted.get('organization') or self.state.user}/{wanted['name']}"
+        self.state.repositories.setdefault(name, {})
+        self.answer({"url": f"{self.address}/{name}", "name": name, "id": "1"})
+
+    def validate_card(self, body: bytes) -> None:
+        self.state.cards.append(json.loads(body)["content"])
+        self.answer({"errors": [], "warnings": []})
+
+    def plan_upload(self, body: bytes, _: str) -> None:
+        files = json.loads(body)["files"]
+        self.answer(
+            {
+                "files": [
+                    {
+                        "path": file["path"],
+                        "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular",
+                        "shouldIgnore": False,
+                        "oid": None,
+                    }
+                    for file in files
+                ]
+            }
+        )
+
+    def offer_blobs(self, body: bytes, _: str) -> None:
+        objects = [
+            {**blob, "actions": {"upload": {"href": f"{self.address}/blobs/{blob['oid']}"}}}
+            for blob in json.loads(body)["objects"]
+        ]
+        self.answer({"transfer": "basic", "objects": objects})
+
+    def take_blob(self, body: bytes, oid: str) -> None:
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self.answer({"error": "damaged"}, 400)
+        self.state.blobs[oid] = body
+        self.answer({})
+
+    def commit(self, body: bytes, name: str) -> None:
+        if self.state.refuse_commits > 0:
+            self.state.refuse_commits -= 1
+            return self.answer({"error": "out of order"}, 500)
+        files = self.state.repositories[name]
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.state.blobs[value["oid"]]
+        oid = hashlib.sha1(body).hexdigest()
+        self.answer({"success": True, "commitUrl": f"{self.address}/{name}/commit/{oid}", "commitOid": oid})
+
+    def describe(self, _: bytes, name: str) -> None:
+        if name not in self.state.repositories:
+            return self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
+        files = [{"rfilename": path} for path in self.state.repositories[name]]
+        self.answer({"id": name, "_id": "1", "sha": "0" * 40, "private": False, "siblings": files, "tags": []})
+
+
+def serve(state: HubState) -> ThreadingHTTPServer:
+    """Serve `state` on a free port of 127.0.0.1, in a thread, until `shutdown` and `server_close`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"state": state}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server

@@ -1,0 +1,396 @@
+"""The command line: every flag with its type and default, every contradiction refused in one message, help by group."""
+
+import contextlib
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import train_dreambooth_lora_flux
+
+ROOT = Path(__file__).parent.parent
+FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
+BASE = ["--pretrained_model_name_or_path=flux", "--instance_prompt=a photo of sks dog", "--instance_data_dir=dogs"]
+BOOLEANS = ["--prodigy_decouple", "--prodigy_use_bias_correction", "--prodigy_safeguard_warmup"]
+SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+SCHEDULES += ["piecewise_constant"]
+# In the help of both scripts: some flags, and the group in which a reader looks for them.
+GROUPS = {
+    "model": ["--pretrained_model_name_or_path", "--revision", "--variant", "--cache_dir"],
+    "pictures and captions": ["--instance_data_dir", "--caption_column", "--repeats", "--resolution", "--random_flip"],
+    "prior preservation": ["--with_prior_preservation", "--class_prompt", "--prior_loss_weight"],
+    "training": ["--train_batch_size", "--max_train_steps", "--mixed_precision", "--seed"],
+    "flow matching and prompts": ["--guidance_scale", "--weighting_scheme", "--max_sequence_length"],
+    "optimizer and schedule": ["--optimizer", "--learning_rate", "--lr_scheduler", "--adam_beta1", "--prodigy_beta3"],
+    "validation": ["--validation_prompt", "--num_validation_images", "--validation_epochs"],
+    "output, checkpoints and the Hub": ["--output_dir", "--checkpointing_steps", "--push_to_hub", "--hub_token"],
+}
+
+
+def rows(script: ModuleType) -> list[dict[str, Any]]:
+    return FLAGS[f"{script.__name__}.py"]
+
+
+def dest(flag: str) -> str:
+    return flag.removeprefix("--")
+
+
+def choices(script: ModuleType, flag: str) -> Any:
+    return next(action.choices for action in script.make_parser()._actions if flag in action.option_strings)
+
+
+def parsed(script: ModuleType, *flags: str) -> dict[str, Any]:
+    """The flags as the parser alone reads them, before they are checked against each other."""
+    return vars(script.make_parser().parse_args([*BASE, *flags]))
+
+
+def refusal(script: ModuleType, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """What a command line that cannot work is told, without the usage lines, which name every flag."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        script.parse_args([*BASE, *flags])
+    assert exit_info.value.code == 2
+    _, error, message = capsys.readouterr().err.partition("error: ")
+    assert error
+    return message
+
+
+def test_defaults_are_those_of_the_list(script: ModuleType) -> None:
+    required = [row["flag"] for row in rows(script) if row.get("required")]
+    args = vars(script.make_parser().parse_args([f"{flag}=given" for flag in required]))
+    wanted = {row["flag"]: row.get("default", False) for row in rows(script)} | dict.fromkeys(required, "given")
+    assert {flag: args[dest(flag)] for flag in wanted} == wanted
+
+
+def test_values_are_read_as_the_type_of_the_list(script: ModuleType) -> None:
+    values = {"int": ("7", 7), "float": ("0.25", 0.25), "str": ("some words", "some words")}
+    got, wanted = {}, {}
+    for row in rows(script):
+        flag = row["flag"]
+        if row.get("action") == "store_true":
+            argv, value = [flag], True
+        elif row["type"].startswith("bool"):
+            argv, value = [flag, "false"], False
+        elif allowed := row.get("choices") or (SCHEDULES if flag == "--lr_scheduler" else None):
+            argv, value = [flag, allowed[0]], allowed[0]
+        else:
+            text, value = values[row["type"]]
+            argv = [flag, text]
+        got[flag], wanted[flag] = parsed(script, *argv)[dest(flag)], value
+    assert got == wanted
+    assert {flag: type(value) for flag, value in got.items()} == {flag: type(value) for flag, value in wanted.items()}
+
+
+def test_whole_numbers_take_no_fractions(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = [row["flag"] for row in rows(script) if row.get("type") == "int"]
+    assert len(whole) > 10
+    for flag in whole:
+        assert flag in refusal(script, capsys, f"{flag}=2.5")
+
+
+def test_choices_are_those_of_the_list(script: ModuleType) -> None:
+    wanted = {row["flag"]: row.get("choices") for row in rows(script)} | {"--lr_scheduler": SCHEDULES}
+    assert {flag: choices(script, flag) for flag in wanted} == wanted
+
+
+def test_other_choices_are_refused(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    limited = [row["flag"] for row in rows(script) if choices(script, row["flag"])]
+    assert len(limited) >= 4
+    for flag in limited:
+        message = refusal(script, capsys, f"{flag}=junk")
+        assert flag in message and "junk" in message
+
+
+def test_required_flags_are_those_of_the_list(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        script.parse_args([])
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err.partition("error: ")[2]
+    assert set(re.findall(r"--\w+", message)) == {row["flag"] for row in rows(script) if row.get("required")}
+
+
+@pytest.mark.parametrize("flag", BOOLEANS)
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("True", True), ("false", False), ("False", False)])
+def test_a_boolean_means_what_it_says(script: ModuleType, flag: str, text: str, value: bool) -> None:
+    assert parsed(script, flag, text)[dest(flag)] is value
+
+
+@pytest.mark.parametrize("flag", BOOLEANS)
+@pytest.mark.parametrize("text", ["maybe", "2", ""])
+def test_a_boolean_refuses_junk(script: ModuleType, capsys: pytest.CaptureFixture[str], flag: str, text: str) -> None:
+    message = refusal(script, capsys, flag, text)
+    assert flag in message and repr(text) in message
+
+
+def test_a_misspelt_flag_is_refused_by_name(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--validation_promt" in refusal(script, capsys, "--validation_promt=a dog")
+
+
+def test_adapter_flags_belong_to_the_lora_script(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, value in (("--rank", 8), ("--lora_alpha", 8), ("--lora_dropout", 0.5), ("--lora_layers", "attn.to_q")):
+        if "lora" in script.__name__:
+            assert parsed(script, f"{flag}={value}")[dest(flag)] == value
+        else:
+            assert flag in refusal(script, capsys, f"{flag}={value}")
+
+
+REFUSED: list[tuple[str, list[str]]] = [
+    ("--instance_data_dir=", ["--instance_data_dir", "--dataset_name"]),
+    ("--dataset_name=dogs", ["--instance_data_dir", "--dataset_name"]),
+    ("--caption_column=text", ["--caption_column", "--dataset_name"]),
+    ("--with_prior_preservation --class_prompt=dog", ["--with_prior_preservation", "--class_data_dir"]),
+    ("--with_prior_preservation --class_data_dir=pets", ["--with_prior_preservation", "--class_prompt"]),
+    ("--optimizer=sgd", ["--optimizer", "sgd", "AdamW", "prodigy"]),
+    ("--lr_scheduler=piecewise_constant", ["--lr_scheduler=piecewise_constant", "--lr_step_rules"]),
+    ("--lr_scheduler=piecewise_constant --lr_step_rules=1:ten,0.1", ["--lr_step_rules", "1:ten,0.1"]),
+    ("--hub_model_id=a/b/c", ["--hub_model_id", "a/b/c"]),
+    ("--mixed_precision=fp16", ["--mixed_precision=fp16", "bf16"]),
+    ("--resolution=500", ["--resolution", "500", "16", "496"]),
+    ("--resolution=8", ["--resolution", "8", "16"]),
+    ("--resolution=0", ["--resolution", "0", "16"]),
+    ("--resolution=-512", ["--resolution", "-512", "16"]),
+    ("--repeats=0", ["--repeats", "0", "1 or more"]),
+    ("--train_batch_size=0", ["--train_batch_size", "0", "1 or more"]),
+    ("--gradient_accumulation_steps=0", ["--gradient_accumulation_steps", "0", "1 or more"]),
+    ("--num_train_epochs=0", ["--num_train_epochs", "0", "1 or more"]),
+    ("--max_train_steps=0", ["--max_train_steps", "0", "1 or more"]),
+    ("--num_class_images=0", ["--num_class_images", "0", "1 or more"]),
+    ("--sample_batch_size=0", ["--sample_batch_size", "0", "1 or more"]),
+    ("--validation_epochs=0", ["--validation_epochs", "0", "1 or more"]),
+    ("--num_validation_images=0", ["--num_validation_images", "0", "1 or more"]),
+    ("--checkpointing_steps=0", ["--checkpointing_steps", "0", "1 or more"]),
+    ("--checkpoints_total_limit=0", ["--checkpoints_total_limit", "0", "1 or more"]),
+    ("--max_sequence_length=0", ["--max_sequence_length", "0", "1 or more"]),
+    ("--max_sequence_length=513", ["--max_sequence_length", "513", "512"]),
+    ("--dataloader_num_workers=-1", ["--dataloader_num_workers", "-1", "0 or more"]),
+    ("--lr_warmup_steps=-1", ["--lr_warmup_steps", "-1", "0 or more"]),
+    ("--lr_num_cycles=0", ["--lr_num_cycles", "0", "1 or more"]),
+    ("--prior_loss_weight=-0.5", ["--prior_loss_weight", "-0.5", "0 or more"]),
+    ("--learning_rate=-0.1", ["--learning_rate", "-0.1", "0 or more"]),
+    ("--learning_rate=inf", ["--learning_rate", "inf"]),
+    ("--text_encoder_lr=-0.1", ["--text_encoder_lr", "-0.1", "0 or more"]),
+    ("--adam_weight_decay=-0.1", ["--adam_weight_decay", "-0.1", "0 or more"]),
+    ("--adam_weight_decay_text_encoder=-0.1", ["--adam_weight_decay_text_encoder", "-0.1", "0 or more"]),
+    ("--adam_epsilon=-0.1", ["--adam_epsilon", "-0.1", "0 or more"]),
+    ("--max_grad_norm=-0.1", ["--max_grad_norm", "-0.1", "0 or more"]),
+    ("--adam_beta1=1", ["--adam_beta1", "1.0", "below 1"]),
+    ("--adam_beta2=-0.1", ["--adam_beta2", "-0.1", "from 0"]),
+    ("--prodigy_beta3=1.5", ["--prodigy_beta3", "1.5", "below 1"]),
+    ("--logit_std=0", ["--logit_std", "0.0", "above 0"]),
+]
+REFUSED_ADAPTERS: list[tuple[str, list[str]]] = [
+    ("--rank=0", ["--rank", "0", "1 or more"]),
+    ("--lora_alpha=0", ["--lora_alpha", "0", "1 or more"]),
+    ("--lora_dropout=-0.1", ["--lora_dropout", "-0.1", "0 or more"]),
+    ("--lora_dropout=1", ["--lora_dropout", "1.0", "below 1"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), REFUSED, ids=[flags for flags, _ in REFUSED])
+def test_what_cannot_work_is_refused_by_name(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], flags: str, words: list[str]
+) -> None:
+    message = refusal(script, capsys, *flags.split())
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(("flags", "words"), REFUSED_ADAPTERS, ids=[flags for flags, _ in REFUSED_ADAPTERS])
+def test_adapters_that_cannot_work_are_refused_by_name(
+    capsys: pytest.CaptureFixture[str], flags: str, words: list[str]
+) -> None:
+    message = refusal(train_dreambooth_lora_flux, capsys, flags)
+    assert [word for word in words if word not in message] == []
+
+
+def test_no_number_may_be_nan(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    accepted = []
+    for flag in (row["flag"] for row in rows(script) if row.get("type") == "float"):
+        with contextlib.suppress(SystemExit):
+            script.parse_args([*BASE, f"{flag}=nan"])
+            accepted.append(flag)
+    capsys.readouterr()
+    assert accepted == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        ("--use_8bit_adam", "bitsandbytes"),
+        ("--optimizer=prodigy", "prodigyopt"),
+        ("--instance_data_dir= --dataset_name=dogs", "datasets"),
+        ("--enable_npu_flash_attention", "torch_npu"),
+        ("--report_to=tensorboard", "tensorboard"),
+        ("--report_to=wandb", "wandb"),
+    ],
+)
+def test_a_flag_whose_package_is_missing_says_what_to_install(
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+    package: str,
+) -> None:
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    message = refusal(script, capsys, "--report_to=none", *flags.split())
+    assert flags.split()[-1].split("=dogs")[0] in message and f"pip install {package}" in message
+
+
+def test_packages_that_no_flag_needs_may_be_missing(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    assert script.parse_args([*BASE, "--report_to=none"]).report_to == "none"
+
+
+def test_all_mistakes_are_told_at_once(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(script, capsys, "--repeats=0", "--optimizer=sgd", "--resolution=500", "--with_prior_preservation")
+    told = [line for line in message.splitlines() if line.strip()]
+    assert len(told) == 5
+    for flag in ("--repeats", "--optimizer", "--resolution", "--class_data_dir", "--class_prompt"):
+        assert sum(flag in line for line in told) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--resolution", 16),
+        ("--resolution", 1008),
+        ("--max_sequence_length", 1),
+        ("--max_sequence_length", 512),
+        ("--max_grad_norm", 0.0),
+        ("--learning_rate", 0.0),
+        ("--prior_loss_weight", 0.0),
+        ("--dataloader_num_workers", 0),
+        ("--lr_warmup_steps", 0),
+        ("--adam_beta1", 0.0),
+        ("--logit_mean", -1.0),
+        ("--checkpoints_total_limit", 1),
+        ("--hub_model_id", "owner/name"),
+        ("--optimizer", "Prodigy"),
+        ("--mixed_precision", "bf16"),
+    ],
+)
+def test_the_edge_of_a_range_is_inside(script: ModuleType, flag: str, value: Any) -> None:
+    assert vars(script.parse_args([*BASE, f"{flag}={value}"]))[dest(flag)] == value
+
+
+NOTES: list[tuple[str, list[str]]] = [
+    ("--class_data_dir=pets", ["--class_data_dir", "--with_prior_preservation"]),
+    ("--class_prompt=dog", ["--class_prompt", "--with_prior_preservation"]),
+    ("--optimizer=prodigy --learning_rate=1 --use_8bit_adam", ["--use_8bit_adam", "prodigy"]),
+    ("--optimizer=prodigy --learning_rate=0.0001", ["--learning_rate", "0.0001", "prodigy"]),
+    ("--optimizer=Prodigy --learning_rate=1 --train_text_encoder", ["CLIP", "--learning_rate=1.0"]),
+    ("--cache_latents", ["--cache_latents", "crop"]),
+    ("--cache_latents --center_crop --random_flip", ["--cache_latents", "flip"]),
+    ("--instance_data_dir= --dataset_name=dogs", ["--caption_column", "--instance_prompt"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), NOTES, ids=[flags for flags, _ in NOTES])
+def test_what_works_otherwise_than_it_seems_is_noted_once(script: ModuleType, flags: str, words: list[str]) -> None:
+    (note,) = script.notes_on_args(script.parse_args([*BASE, *flags.split()]))
+    assert [word for word in words if word not in note] == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--with_prior_preservation --class_data_dir=pets --class_prompt=dog",
+        "--use_8bit_adam --train_text_encoder",
+        "--optimizer=prodigy --learning_rate=1",
+        "--cache_latents --center_crop",
+        "--instance_data_dir= --dataset_name=dogs --caption_column=text",
+    ],
+)
+def test_what_works_as_it_seems_is_not_noted(script: ModuleType, flags: str) -> None:
+    assert list(script.notes_on_args(script.parse_args([*BASE, *flags.split()]))) == []
+
+
+def test_settings_are_all_flags_but_the_token(script: ModuleType) -> None:
+    args = script.parse_args([*BASE, "--hub_token=hf_secret", "--seed=3"])
+    settings = script.settings(args)
+    assert "hf_secret" not in repr(settings)
+    assert settings.keys() == vars(args).keys() - {"hub_token"}
+    assert settings["seed"] == 3 and settings["instance_prompt"] == "a photo of sks dog"
+
+
+def test_the_base_model_is_loaded_with_the_options_given_and_no_others(script: ModuleType) -> None:
+    assert script.hub_options(script.parse_args(BASE)) == {}
+    given = script.parse_args([*BASE, "--revision=v2", "--variant=fp16", "--cache_dir=cache", "--hub_token=hf_secret"])
+    wanted = {"revision": "v2", "variant": "fp16", "cache_dir": "cache", "token": "hf_secret"}
+    assert script.hub_options(given) == wanted
+
+
+def help_sections(script: ModuleType) -> dict[str, list[str]]:
+    """The flags of each section of the help text, without what it prints above the sections."""
+    found: dict[str, list[str]] = {}
+    for line in script.make_parser().format_help().splitlines():
+        if re.fullmatch(r"\S.*:", line):
+            flags = found.setdefault(line.removesuffix(":"), [])
+        elif match := re.match(r"  (?:-\w, )?(--\w+)", line):
+            flags.append(match[1])
+    return found
+
+
+def test_help_is_grouped_by_topic(script: ModuleType) -> None:
+    sections = help_sections(script)
+    assert sections.pop("options") == ["--help"]
+    if "lora" in script.__name__:
+        assert sections.pop("adapters") == ["--rank", "--lora_alpha", "--lora_dropout", "--lora_layers"]
+    assert sections.keys() == GROUPS.keys()
+    assert {name: [flag for flag in flags if flag in sections[name]] for name, flags in GROUPS.items()} == GROUPS
+
+
+def test_help_tells_of_every_flag_what_it_does(script: ModuleType) -> None:
+    actions = script.make_parser()._actions
+    assert [action.dest for action in actions if not (action.help or "").strip()] == []
+
+
+def test_help_shows_the_defaults_that_say_something(script: ModuleType) -> None:
+    text = " ".join(script.make_parser().format_help().split())
+    assert re.search(r"--repeats REPEATS [^(]*\(default: 1\)", text)
+    assert re.search(r"--weighting_scheme \{[^}]*\} [^(]*\(default: none\)", text)
+    assert "default: None" not in text and "default: False" not in text and "%(" not in text
+
+
+@contextlib.contextmanager
+def processor_seconds() -> Iterator[list[float]]:
+    """Appends the processor time that finished child processes took: other work on the machine does not count."""
+    taken: list[float] = []
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    yield taken
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+HELP = (["--help"], 0, "--instance_prompt")
+WRONG_FLAG = ([*BASE, "--repeats=0"], 2, "error: --repeats is 0")
+WRONG_FOLDER = ([*BASE, "--report_to=none"], 2, "error: --instance_data_dir is 'dogs'")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "code", "told"),
+    [
+        ("train_dreambooth_flux.py", *HELP),
+        ("train_dreambooth_flux.py", *WRONG_FLAG),
+        ("train_dreambooth_lora_flux.py", *HELP),
+        ("train_dreambooth_lora_flux.py", *WRONG_FLAG),
+        ("train_dreambooth_lora_flux.py", *WRONG_FOLDER),
+    ],
+    ids=["full help", "full wrong flag", "lora help", "lora wrong flag", "lora wrong folder"],
+)
+def test_a_real_process_answers_at_once(tmp_path: Path, name: str, flags: list[str], code: int, told: str) -> None:
+    command = [sys.executable, str(ROOT / name), *flags]
+    with processor_seconds() as seconds:
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == code
+    assert told in (ended.stderr if code else ended.stdout)
+    assert "Traceback" not in ended.stderr
+    assert seconds[0] < 10
+    assert list(tmp_path.iterdir()) == []

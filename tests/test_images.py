@@ -1,0 +1,404 @@
+"""Which files are pictures, how each kind becomes upright RGB, and what of it is trained on."""
+
+import argparse
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from conftest import Run
+
+Pixels = NDArray[np.uint8]
+RNG = np.random.default_rng(0)
+COLOURS: Pixels = RNG.integers(0, 256, (6, 4, 3), dtype=np.uint8)
+ALPHA: Pixels = RNG.integers(0, 256, (6, 4), dtype=np.uint8)
+ALPHA[0], ALPHA[1] = 0, 255
+RAMP: Pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def grey(values: Pixels) -> Pixels:
+    return np.repeat(values[..., None], 3, axis=2)
+
+
+def on_white(colours: Pixels, alpha: Pixels) -> NDArray[np.float64]:
+    share = alpha[..., None] / 255
+    return colours * share + 255 * (1 - share)
+
+
+def reopened(image: Image.Image, path: Path, **options: object) -> Image.Image:
+    image.save(path, **options)
+    return Image.open(path)
+
+
+def test_only_picture_files_of_the_folder_itself_are_listed(script: ModuleType, tmp_path: Path) -> None:
+    wanted = ["1.PNG", "a.jpg", "b.jpeg", "c.JPG", "d.webp", "e.bmp", "f.tiff", "g.gif"]
+    others = [".DS_Store", ".gitattributes", ".hidden.png", "._a.jpg", "a.txt", "metadata.jsonl", "README.md", "jpg"]
+    for name in [*others, *reversed(wanted)]:
+        (tmp_path / name).write_bytes(b"")
+    for folder in (".cache/huggingface", "more", "folder.png"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "z.png").write_bytes(b"")
+    assert [path.name for path in script.list_picture_files(tmp_path)] == wanted
+
+
+def test_a_folder_becomes_pictures_with_its_prompt(script: ModuleType, pictures: Path) -> None:
+    found = script.pictures_in_folder("--instance_data_dir", str(pictures), "a sks dog")
+    assert [picture.name for picture in found] == [f"dog_{index:02d}.png" for index in range(5)]
+    assert {picture.prompt for picture in found} == {"a sks dog"}
+    for picture in found:
+        with picture.open() as image, Image.open(pictures / picture.name) as stored:
+            assert np.array_equal(np.asarray(image), np.asarray(stored))
+
+
+@pytest.mark.parametrize("folder", ["missing", "file", "without"])
+def test_a_folder_without_pictures_is_refused_by_flag_and_value(
+    script: ModuleType, tmp_path: Path, folder: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "notes.txt").write_text("no picture")
+    with pytest.raises(script.UsageError) as error:
+        script.pictures_in_folder("--class_data_dir", str(tmp_path / folder), "a dog")
+    assert "--class_data_dir" in str(error.value) and str(tmp_path / folder) in str(error.value)
+
+
+# How a camera that was held so stores the upright picture: https://exiftool.org/TagNames/EXIF.html, 0x0112.
+STORED: dict[int, Callable[[Pixels], Pixels]] = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: np.rot90(upright),
+    7: lambda upright: upright[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_turned_photo_is_put_upright(script: ModuleType, tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](COLOURS)))
+    upright = script.to_rgb(reopened(stored, tmp_path / "photo.png", exif=exif))
+    assert np.array_equal(np.asarray(upright), COLOURS)
+
+
+def test_an_upright_photo_is_measured_upright(script: ModuleType, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = reopened(Image.new("RGB", (64, 48)), tmp_path / "photo.jpg", exif=exif)
+    assert script.to_rgb(stored).size == (48, 64)
+
+
+def transparent_pictures() -> dict[str, tuple[Image.Image, dict[str, object], NDArray[np.float64]]]:
+    """By kind: the picture, options of its file, and what it looks like on white paper."""
+    rgba = np.dstack([COLOURS, ALPHA])
+    level = COLOURS[..., 0]
+    palette = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(6, 4))
+    palette.putpalette(COLOURS.reshape(-1).tolist(), "RGB")
+    key = np.full((6, 4), 255, np.uint8)
+    key[0, 0] = 0
+    level_key = np.where(level == level[2, 2], 0, 255).astype(np.uint8)
+    entries = bytes(ALPHA.reshape(-1).tolist())
+    return {
+        "RGBA": (Image.fromarray(rgba), {}, on_white(COLOURS, ALPHA)),
+        "LA": (Image.fromarray(np.dstack([level, ALPHA]), "LA"), {}, on_white(grey(level), ALPHA)),
+        "palette, one entry": (palette, {"transparency": 0}, on_white(COLOURS, key)),
+        "palette, entry by entry": (palette, {"transparency": entries}, on_white(COLOURS, ALPHA)),
+        "RGB, one colour": (
+            Image.fromarray(COLOURS), {"transparency": tuple(COLOURS[0, 0].tolist())}, on_white(COLOURS, key)
+        ),
+        "grey, one level": (
+            Image.fromarray(level), {"transparency": int(level[2, 2])}, on_white(grey(level), level_key)
+        ),
+        "16-bit grey, one level": (
+            Image.fromarray(level.astype(np.uint16) * 257),
+            {"transparency": int(level[2, 2]) * 257},
+            on_white(grey(level), level_key),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", transparent_pictures())
+def test_what_is_transparent_shows_white(script: ModuleType, tmp_path: Path, kind: str) -> None:
+    image, options, expected = transparent_pictures()[kind]
+    got = np.asarray(script.to_rgb(reopened(image, tmp_path / "picture.png", **options)), dtype=float)
+    assert np.abs(got - expected).max() <= 1  # rounded once
+
+
+def test_the_hidden_colour_leaves_no_trace(script: ModuleType, tmp_path: Path) -> None:
+    hidden = np.dstack([COLOURS, np.zeros((6, 4), np.uint8)])
+    assert np.asarray(script.to_rgb(reopened(Image.fromarray(hidden), tmp_path / "picture.png"))).min() == 255
+
+
+def plain_pictures() -> dict[str, tuple[Image.Image, str, NDArray[np.float64]]]:
+    """By kind: the picture, its file's ending, and its colours."""
+    palette = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(6, 4))
+    palette.putpalette(COLOURS.reshape(-1).tolist(), "RGB")
+    bits = np.array([[True, False, True], [False, False, True]])
+    cmyk = RNG.integers(0, 256, (6, 4, 4), dtype=np.uint8)
+    ink = cmyk / 255
+    sixteen = RAMP.astype(np.uint16) * 257
+    dark = RAMP.astype(np.uint16) * 100
+    ramp = grey(RAMP).astype(float)
+    return {
+        "RGB": (Image.fromarray(COLOURS), "png", COLOURS.astype(float)),
+        "palette": (palette, "png", COLOURS.astype(float)),
+        "palette, GIF": (palette, "gif", COLOURS.astype(float)),
+        "grey": (Image.fromarray(RAMP), "png", ramp),
+        "1 bit": (Image.fromarray(bits), "png", grey(bits.astype(np.uint8) * 255).astype(float)),
+        "CMYK": (Image.fromarray(cmyk, "CMYK"), "tiff", 255 * (1 - ink[..., :3]) * (1 - ink[..., 3:])),
+        "16-bit grey": (Image.fromarray(sixteen), "png", ramp),
+        "16-bit grey, never bright": (Image.fromarray(dark), "png", grey(RAMP) * (100 / 257)),
+        "16-bit grey, TIFF": (Image.fromarray(sixteen), "tiff", ramp),
+        "16-bit grey, big end first": (Image.fromarray(sixteen.astype(">u2")), "tiff", ramp),
+        "16 bits in 32": (Image.fromarray(sixteen.astype(np.int32)), "tiff", ramp),
+        "8 bits in 32": (Image.fromarray(RAMP.astype(np.int32)), "tiff", ramp),
+        "float up to 1": (Image.fromarray((RAMP / 255).astype(np.float32)), "tiff", ramp),
+        "float up to 255": (Image.fromarray(RAMP.astype(np.float32)), "tiff", ramp),
+    }
+
+
+@pytest.mark.parametrize("kind", plain_pictures())
+def test_every_kind_of_picture_keeps_its_colours(script: ModuleType, tmp_path: Path, kind: str) -> None:
+    image, ending, expected = plain_pictures()[kind]
+    got = script.to_rgb(reopened(image, tmp_path / f"picture.{ending}"))
+    assert got.mode == "RGB" and got.size == image.size
+    assert np.abs(np.asarray(got) - expected).max() <= (1 if "CMYK" in kind or "never" in kind else 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "resized"),
+    [
+        ((100, 50), 32, (64, 32)),
+        ((50, 100), 32, (32, 64)),
+        ((70, 70), 32, (32, 32)),
+        ((20, 10), 32, (64, 32)),
+        ((101, 50), 32, (64, 32)),  # 64.64
+        ((3024, 4032), 512, (512, 682)),  # 682.67
+        ((512, 513), 512, (512, 513)),
+    ],
+)
+def test_the_shorter_side_becomes_the_resolution(
+    script: ModuleType, size: tuple[int, int], resolution: int, resized: tuple[int, int]
+) -> None:
+    assert script.resized_size(*size, resolution) == resized
+
+
+def test_resizing_keeps_the_aspect_to_a_pixel(script: ModuleType) -> None:
+    for width, height in np.random.default_rng(1).integers(1, 5000, (500, 2)).tolist():
+        resized = script.resized_size(width, height, 64)
+        assert min(resized) == 64
+        assert max(resized) == 64 * max(width, height) // min(width, height)
+        assert (resized[0] >= resized[1]) == (width >= height)
+
+
+@pytest.mark.parametrize(("size", "corner"), [((64, 32), (16, 0)), ((32, 64), (0, 16)), ((32, 32), (0, 0))])
+def test_a_centre_crop_leaves_the_same_on_both_sides(
+    script: ModuleType, size: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    view = script.draw_view(*size, 32, True, False, script.generator_for("a"))
+    assert (view.left, view.top) == corner
+
+
+def test_a_centre_crop_of_an_odd_side_is_half_a_pixel_off(script: ModuleType) -> None:
+    for width in (33, 35, 101):
+        view = script.draw_view(width, 32, 32, True, False, script.generator_for("a"))
+        assert abs(view.left - (width - 32) / 2) == 0.5
+
+
+def test_random_crops_lie_inside_and_reach_every_place(script: ModuleType) -> None:
+    views = [script.draw_view(35, 33, 32, False, False, script.generator_for(key)) for key in range(200)]
+    assert {view.left for view in views} == {0, 1, 2, 3}
+    assert {view.top for view in views} == {0, 1}
+    assert not any(view.flip for view in views)
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_half_of_the_pictures_are_mirrored(script: ModuleType, center_crop: bool) -> None:
+    views = [script.draw_view(48, 32, 32, center_crop, True, script.generator_for(key)) for key in range(400)]
+    assert abs(sum(view.flip for view in views) - 200) < 50  # five standard deviations
+
+
+def test_pixels_run_from_minus_one_to_one(script: ModuleType) -> None:
+    pixels = script.to_pixels(Image.fromarray(grey(RAMP)), 16, script.View(0, 0, False), "lanczos")
+    assert pixels.dtype == torch.float32 and pixels.shape == (3, 16, 16)
+    expected = (np.arange(256) - 127.5) / 127.5
+    assert np.abs(pixels[1].reshape(-1).numpy() - expected).max() < 1e-6
+    assert pixels.min() == -1 and pixels.max() == 1
+
+
+def test_the_view_is_what_is_seen(script: ModuleType) -> None:
+    colours = np.random.default_rng(2).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    seen = script.to_pixels(Image.fromarray(colours), 16, script.View(5, 0, False), "bicubic")
+    assert np.abs(seen.permute(1, 2, 0).numpy() - (colours[:, 5:21] / 127.5 - 1)).max() < 1e-6
+
+
+def test_a_flip_mirrors_left_and_right(script: ModuleType) -> None:
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    plain, mirrored = (script.to_pixels(image, 16, script.View(0, 3, flip), "bilinear") for flip in (False, True))
+    assert np.array_equal(mirrored.numpy(), plain.numpy()[..., ::-1])
+
+
+def test_the_centre_of_the_picture_is_trained(script: ModuleType) -> None:
+    colours = np.zeros((32, 96, 3), np.uint8)
+    colours[:, 32:64] = 255
+    view = script.draw_view(96, 32, 32, True, False, script.generator_for("a"))
+    assert script.to_pixels(Image.fromarray(colours), 32, view, "nearest").min() == 1
+
+
+def sinc(x: float) -> float:
+    return 1.0 if x == 0 else math.sin(math.pi * x) / (math.pi * x)
+
+
+def cubic(x: float) -> float:
+    return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+
+
+# Each mode's radius, and its weight at a distance; https://pillow.readthedocs.io/en/stable/handbook/concepts.html
+KERNELS: dict[str, tuple[float, Callable[[float], float]]] = {
+    "box": (0.5, lambda x: 1.0),
+    "bilinear": (1, lambda x: 1 - x),
+    "hamming": (1, lambda x: sinc(x) * (0.54 + 0.46 * math.cos(math.pi * x))),
+    "bicubic": (2, cubic),
+    "lanczos": (3, lambda x: sinc(x) * sinc(x / 3)),
+}
+
+
+def shrinking_matrix(mode: str, old: int, new: int) -> NDArray[np.float64]:
+    """What resizes a line of `old` pixels to `new`: each new pixel's shares of the old ones, (new, old)."""
+    scale = old / new
+    if mode == "nearest":
+        return np.array([[float(int((place + 0.5) * scale) == pixel) for pixel in range(old)] for place in range(new)])
+    radius, weight = KERNELS[mode]
+    matrix = np.zeros((new, old))
+    for place in range(new):
+        for pixel in range(old):
+            distance = abs((pixel + 0.5 - (place + 0.5) * scale) / scale)
+            matrix[place, pixel] = weight(distance) if distance < radius else 0
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("mode", ["nearest", *KERNELS])
+def test_the_interpolation_mode_is_the_filter_of_that_name(script: ModuleType, mode: str) -> None:
+    colours = np.random.default_rng(4).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    matrix = shrinking_matrix(mode, 48, 16)
+    across = np.einsum("nw,hwc->hnc", matrix, colours).round().clip(0, 255)  # Pillow rounds in between as well
+    expected = np.einsum("nh,hwc->nwc", matrix, across).clip(0, 255)
+    pixels = script.to_pixels(Image.fromarray(colours), 16, script.View(0, 0, False), mode)
+    got = (pixels.permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(got - expected).max() <= 1.5  # the two roundings
+
+
+def read_folder(script: ModuleType, folder: Path) -> list[Any]:
+    return script.pictures_in_folder("--instance_data_dir", str(folder), "a sks dog")
+
+
+@pytest.fixture
+def with_broken_files(tmp_path: Path) -> Path:
+    """A good picture between a truncated JPEG, a truncated PNG, a text and an empty file that are called pictures."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    noise = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for name in ("cut.jpg", "cut.png", "good.png"):
+        noise.save(folder / name)
+    for name in ("cut.jpg", "cut.png"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("not a picture")
+    (folder / "empty.webp").write_bytes(b"")
+    return folder
+
+
+def test_all_files_that_cannot_be_read_are_named_at_once(script: ModuleType, with_broken_files: Path) -> None:
+    with pytest.raises(script.UsageError) as error:
+        script.check_pictures(read_folder(script, with_broken_files), 32)
+    told = str(error.value)
+    assert [name for name in ("cut.jpg", "cut.png", "text.png", "empty.webp") if name not in told] == []
+    assert "good.png" not in told
+
+
+def test_a_picture_with_a_broken_orientation_is_named(script: ModuleType, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "exif.png", exif=b"Exif\0\0not a TIFF header")
+    with pytest.raises(script.UsageError, match=r"exif\.png"):
+        script.check_pictures(read_folder(script, tmp_path), 32)
+
+
+def test_broken_class_pictures_are_named_before_training(script: ModuleType, run: Run, with_broken_files: Path) -> None:
+    (with_broken_files / "text.png").unlink()
+    (with_broken_files / "empty.webp").unlink()
+    flags = [f"--class_data_dir={with_broken_files}", "--class_prompt=a dog", "--num_class_images=3"]
+    with pytest.raises(script.UsageError, match=r"cut\.jpg(.|\n)*cut\.png"):
+        run(script, "--with_prior_preservation", *flags)
+
+
+def test_good_pictures_pass_without_a_word(
+    script: ModuleType, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        script.check_pictures(read_folder(script, pictures), 60)
+    assert caplog.messages == []
+
+
+def test_small_pictures_are_named_and_kept(
+    script: ModuleType, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        script.check_pictures(read_folder(script, pictures), 72)
+    (message,) = caplog.messages  # sides of 64, 64, 80, 72 and 60
+    assert [name for name in range(5) if f"dog_{name:02d}.png" in message] == [0, 1, 4]
+    assert "--resolution=72" in message
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_an_epoch_has_each_picture_as_often_as_repeats_says(script: ModuleType, pictures: Path, repeats: int) -> None:
+    args = argparse.Namespace(
+        repeats=repeats, resolution=32, image_interpolation_mode="box", center_crop=True, random_flip=False
+    )
+    dataset = script.DreamBoothDataset(read_folder(script, pictures), [], args, 0)
+    schedule = script.MicroBatches(len(dataset), 2, 1, 0, 1, 0, 0, math.ceil(len(dataset) / 2))
+    seen = Counter(dataset[key]["instance"]["pixels"].numpy().tobytes() for batch in schedule for key in batch)
+    assert sorted(seen.values()) == [repeats] * 5
+
+
+def test_the_same_key_draws_the_same(script: ModuleType) -> None:
+    first, second = (torch.rand(64, generator=script.generator_for(7, "noise", 3, 5)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_different_keys_draw_differently(script: ModuleType) -> None:
+    keys = [(seed, purpose, epoch, place) for seed in range(4) for purpose in ("noise", "sigma")
+            for epoch in range(10) for place in range(10)]  # fmt: skip
+    keys += [(1,), ("1",), (1, 1), ("1", 1), (11,), ("ab", "c"), ("a", "bc"), ("abc",), (0, -1), (-1, 0), (2**70,)]
+    draws = [torch.randn(64, generator=script.generator_for(*key)) for key in keys]
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(keys)
+
+
+def test_draws_of_neighbouring_keys_are_independent(script: ModuleType) -> None:
+    draws = torch.stack([torch.randn(256, generator=script.generator_for(0, "noise", place)) for place in range(64)])
+    between = torch.corrcoef(draws) - torch.eye(64)
+    assert between.abs().max() < 0.35  # 2,016 pairs: 5.6 standard deviations of 1 / 16
+    assert abs(between.sum() / (64 * 63)) < 0.01
+
+
+def test_drawing_leaves_the_global_generator_alone(script: ModuleType) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    torch.rand(9, generator=script.generator_for(0, "noise"))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_key_means_the_same_in_every_process(script: ModuleType) -> None:
+    # Computed once. A checkpoint is continued by other processes: what they draw must not hang on hash(), say.
+    assert script.generator_for(0, "order", 1).initial_seed() == 125578804223736978

@@ -1,0 +1,76 @@
+"""Every command of the README runs to its end, with the model, the pictures and the sizes made small."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from conftest import SCRIPTS, Run
+from tests.local_hub import HubState
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "accelerate launch" in block]
+
+
+def read_command(block: str) -> tuple[str, list[str]]:
+    """The script and its flags, variables replaced as a shell would."""
+    variables = dict(re.findall(r'^\s*export (\w+)="(.*?)"$', block, re.MULTILINE))
+    line = re.sub(r"\\\n", "", block[block.index("accelerate launch") :])
+    words = shlex.split(re.sub(r"\$(\w+)", lambda match: variables[match[1]], line))
+    return words[2], words[3:]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: read_command(block)[1][2].split("=")[1])
+@pytest.mark.parametrize("kind", list(SCRIPTS))
+def test_a_command_runs_to_its_end(
+    block: str, kind: str, run: Run, hub: HubState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With both scripts, whichever the command is for, but for flags that only one has."""
+    wandb_runs = len(list(Path(os.environ["WANDB_DIR"]).glob("wandb/offline-run-*/*.wandb")))
+    monkeypatch.setenv("HF_TOKEN", "hf_from_the_login")
+    name, flags = read_command(block)
+    if name != Path(SCRIPTS[kind].__file__).name:
+        flags = [flag for flag in flags if not flag.startswith(("--rank", "--lora_alpha"))]
+    small = {
+        "--pretrained_model_name_or_path": None, "--instance_data_dir": None, "--output_dir": None,
+        "--resolution": "32", "--max_train_steps": "6",
+        "--class_data_dir": str(tmp_path / "class"), "--num_class_images": "2",
+    }  # fmt: skip
+    kept = [flag for flag in flags if flag.split("=")[0] not in small]
+    kept += [f"{flag}={small[flag]}" for flag in (flag.split("=")[0] for flag in flags) if small.get(flag)]
+    output = run(SCRIPTS[kind], *kept)
+    result = "pytorch_lora_weights.safetensors" if kind == "lora" else "model_index.json"
+    assert (output / result).is_file()
+    new_wandb_runs = len(list(Path(os.environ["WANDB_DIR"]).glob("wandb/offline-run-*/*.wandb"))) - wandb_runs
+    assert new_wandb_runs == ("--report_to=wandb" in flags)
+    if "--push_to_hub" in flags:
+        assert result in hub.repositories["tester/out"]
+    if any(flag.startswith("--validation_prompt") for flag in flags):
+        assert (output / "image_0.png").is_file()
+
+
+def test_there_are_commands_for_both_scripts() -> None:
+    names = [read_command(block)[0] for block in BLOCKS]
+    assert len(names) >= 4 and set(names) == {Path(script.__file__).name for script in SCRIPTS.values()}
+
+
+def test_every_flag_that_the_readme_names_exists() -> None:
+    known = {
+        option
+        for script in SCRIPTS.values()
+        for action in script.make_parser()._actions
+        for option in action.option_strings
+    }
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", README))
+    assert len(named) > 30 and named <= known
+
+
+def test_every_function_that_the_readme_sends_readers_to_exists_in_both_scripts() -> None:
+    table = README.split("## To change something")[1].split("Functions of the same name")[0]
+    names = {name for row in table.splitlines()[4:] if row.startswith("|") for name in re.findall(r"`(\w+)`", row)}
+    assert len(names) > 10
+    for script in SCRIPTS.values():
+        assert [name for name in names - {"TRANSFORMER_TARGETS"} if not hasattr(script, name)] == []

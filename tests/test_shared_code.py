@@ -1,0 +1,79 @@
+"""The two scripts share their text: what stands in both under one name is the same, unless it differs on purpose."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("train_dreambooth_flux.py", "train_dreambooth_lora_flux.py")
+DIFFERENT_ON_PURPOSE = {
+    "<docstring>": "says what is trained",
+    "<imports>": "peft here, whole weights there",
+    "add_flow_arguments": "the default of --max_sequence_length",
+    "add_output_arguments": "the default of --output_dir",
+    "make_parser": "the group of adapter flags",
+    "range_problems": "the adapters' numbers",
+    "load_transformer": "adapters on a frozen base, or every weight",
+    "load_text_encoder": "adapters on a frozen base, or every weight",
+    "register_state_hooks": "a checkpoint holds adapters, or whole weights",
+    "save_results": "one LoRA file, or a pipeline folder",
+    "load_results": "base and LoRA file, or the pipeline folder",
+    "write_model_card": "the code that loads the result",
+    "push_to_hub": "the files of the result",
+    "prepare_training": "what the loaders take",
+    "main": "the tracker's project",
+}
+ONLY_IN_ONE = {
+    "LORA_FILE",
+    "TRANSFORMER_TARGETS",
+    "TEXT_ENCODER_TARGETS",
+    "TRANSFORMER_FILES",
+    "add_adapter_arguments",
+    "add_adapter",
+    "save_adapters",
+    "save_weights",
+}
+
+
+def block_name(node: ast.stmt) -> str:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name
+    if isinstance(node, ast.Assign):
+        return ast.unparse(node.targets[0])
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return "<imports>"
+    return "<docstring>" if isinstance(node, ast.Expr) else "<run>"
+
+
+def read_blocks(path: Path) -> dict[str, str]:
+    """The text of each top-level block, comments in front of it included, in order. The head is a block as well."""
+    source = path.read_text()
+    lines, blocks, start = source.splitlines(), {}, 0
+    for node in ast.parse(source).body:
+        name = block_name(node)
+        blocks[name] = blocks.get(name, "") + "\n".join(lines[start : node.end_lineno]).strip("\n") + "\n"
+        start = node.end_lineno or start
+    return blocks
+
+
+FULL, LORA = (read_blocks(ROOT / name) for name in SCRIPTS)
+
+
+def test_same_named_blocks_have_the_same_text() -> None:
+    differ = {name for name in FULL.keys() & LORA.keys() if FULL[name] != LORA[name]}
+    assert differ == set(DIFFERENT_ON_PURPOSE), "edit both scripts, or give the reason in DIFFERENT_ON_PURPOSE"
+
+
+def test_nothing_else_stands_in_only_one_script() -> None:
+    assert FULL.keys() ^ LORA.keys() == ONLY_IN_ONE
+
+
+def test_shared_blocks_stand_in_the_same_order() -> None:
+    shared = FULL.keys() & LORA.keys()
+    assert [name for name in FULL if name in shared] == [name for name in LORA if name in shared]
+
+
+def test_dependencies_are_those_of_the_requirements_file() -> None:
+    wanted = [line for line in (ROOT / "requirements_flux.txt").read_text().splitlines() if line and line[0] != "#"]
+    for name in SCRIPTS:
+        head = (ROOT / name).read_text().split("# ///\n")[0]
+        assert [line.split('"')[1] for line in head.splitlines() if line.startswith('#   "')] == wanted

@@ -1,0 +1,235 @@
+"""One training step is the formula: sigmas, noise, the call of the model, the loss and every gradient."""
+
+import functools
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from conftest import Run
+
+SCHEMES = ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
+HEIGHT, WIDTH = 6, 4  # of latents; not square, so that rows and columns cannot be mixed up
+
+
+class Step(NamedTuple):
+    """The tensors of one step, named as `training_loss` takes them."""
+
+    latents: Tensor
+    noise: Tensor
+    sigmas: Tensor
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    guidance: Tensor | None
+    weights: Tensor
+
+
+def random_step(batch: int, prior: bool, guided: bool, dtype: torch.dtype) -> Step:
+    """A step of `batch` instance pictures with weights that differ, and as many class pictures with `prior`."""
+    generator = torch.Generator().manual_seed(batch)
+    count = 2 * batch if prior else batch
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator).to(dtype)
+
+    return Step(
+        latents=normal(16, HEIGHT, WIDTH),
+        noise=normal(16, HEIGHT, WIDTH),
+        sigmas=torch.rand(count, generator=generator) * 0.9 + 0.05,
+        prompt_embeds=normal(5, 32),
+        pooled_prompt_embeds=normal(32),
+        guidance=torch.rand(count, generator=generator) * 4 + 1 if guided else None,
+        weights=torch.tensor([0.5, 0.3, 0.2])[:batch],
+    )
+
+
+def reference_velocity(transformer: nn.Module, step: Step, index: int, sigma: float) -> Tensor:
+    """The model's velocity for one picture alone, (C, H, W), with tokens and ids laid out by hand."""
+    noisy = (1 - sigma) * step.latents[index] + sigma * step.noise[index]
+    corners = [(row, column) for row in range(0, HEIGHT, 2) for column in range(0, WIDTH, 2)]
+    tokens = torch.stack([noisy[:, row : row + 2, column : column + 2].flatten() for row, column in corners])
+    output = transformer(
+        hidden_states=tokens[None],
+        encoder_hidden_states=step.prompt_embeds[index : index + 1],
+        pooled_projections=step.pooled_prompt_embeds[index : index + 1],
+        timestep=torch.tensor([sigma]),
+        guidance=None if step.guidance is None else step.guidance[index : index + 1],
+        img_ids=torch.tensor([[0.0, row / 2, column / 2] for row, column in corners]),
+        txt_ids=torch.tensor([[0.0, 0.0, 0.0]] * step.prompt_embeds.shape[1]),
+    ).sample[0]
+    velocity = torch.zeros_like(noisy)
+    for (row, column), token in zip(corners, output, strict=True):
+        velocity[:, row : row + 2, column : column + 2] = token.view(16, 2, 2)
+    return velocity
+
+
+def reference_loss(transformer: nn.Module, step: Step, scheme: str, prior_loss_weight: float) -> Tensor:
+    """The loss by formula, one picture after the other."""
+    batch, total = len(step.weights), torch.zeros(())
+    for index in range(len(step.latents)):
+        sigma = step.sigmas[index].item()
+        weight = {"sigma_sqrt": 1 / sigma**2, "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))}.get(scheme, 1.0)
+        target = step.noise[index] - step.latents[index]
+        loss = weight * ((reference_velocity(transformer, step, index, sigma) - target) ** 2).mean()
+        if index < batch:
+            total = total + step.weights[index] * loss
+        else:
+            total = total + prior_loss_weight * step.weights[index - batch] * loss
+    return total
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@functools.cache
+def load_transformer(folder: Path, dtype: torch.dtype) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype)
+
+
+def check_step(script: ModuleType, folder: Path, dtype: torch.dtype, tolerance: float, **case: Any) -> None:
+    transformer = load_transformer(folder, dtype)
+    step = random_step(case["batch"], case["prior"], transformer.config.guidance_embeds, dtype)
+    expected = reference_loss(transformer, step, case["scheme"], prior_loss_weight=0.7)
+    loss = script.training_loss(transformer, *step, weighting_scheme=case["scheme"], prior_loss_weight=0.7)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    wanted, got = gradients(transformer, expected), gradients(transformer, loss)
+    errors = {name: ((got[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted}
+    assert max(errors.values()) < tolerance, sorted(errors.items(), key=lambda item: -item[1])[:3]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("prior", [False, True], ids=["instance", "prior"])
+@pytest.mark.parametrize("checkpoint", ["tiny_flux", "tiny_schnell"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_loss_and_every_gradient_equal_the_formula(
+    script: ModuleType, request: pytest.FixtureRequest, scheme: str, checkpoint: str, prior: bool, batch: int
+) -> None:
+    # With float64 weights 1e-6 is far above the rounding of a batch's matrix products; in float32 it is not.
+    folder = request.getfixturevalue(checkpoint)
+    check_step(script, folder, torch.float64, 1e-6, scheme=scheme, prior=prior, batch=batch)
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_flux", "tiny_schnell"])
+def test_loss_and_every_gradient_equal_the_formula_in_float32(
+    script: ModuleType, request: pytest.FixtureRequest, checkpoint: str
+) -> None:
+    folder = request.getfixturevalue(checkpoint)
+    check_step(script, folder, torch.float32, 1e-5, scheme="cosmap", prior=True, batch=3)
+
+
+def test_with_equal_weights_the_loss_is_the_instance_mean_plus_the_weighted_class_mean(script: ModuleType) -> None:
+    loss = script.weigh_losses(torch.tensor([1.0, 2.0, 6.0, 10.0, 30.0, 50.0]), torch.full((3,), 1 / 3), 0.1)
+    assert loss.item() == pytest.approx((1 + 2 + 6) / 3 + 0.1 * (10 + 30 + 50) / 3)
+
+
+def test_noise_is_added_on_a_straight_line_with_each_pictures_sigma(script: ModuleType) -> None:
+    latents, noise = torch.full((3, 2, 4, 4), 8.0), torch.full((3, 2, 4, 4), -2.0)
+    noisy = script.add_noise(latents, noise, torch.tensor([0.0, 0.3, 1.0]))
+    for picture, expected in zip(noisy, (8.0, 0.7 * 8 - 0.3 * 2, -2.0), strict=True):
+        assert picture.flatten().tolist() == pytest.approx([expected] * 32)
+
+
+@pytest.fixture
+def sigma_table(tiny_flux: Path) -> Tensor:
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_flux, subfolder="scheduler").sigmas
+
+
+def reference_place(scheme: str, generator: torch.Generator, mean: float, deviation: float, scale: float) -> float:
+    """Where in the table a sigma is drawn, by the formulas of https://arxiv.org/abs/2403.03206, section 3.1."""
+    if scheme == "logit_normal":
+        return 1 / (1 + math.exp(-(mean + deviation * torch.randn(1, generator=generator).item())))
+    u = torch.rand(1, generator=generator).item()
+    return 1 - u - scale * (math.cos(math.pi * u / 2) ** 2 - 1 + u) if scheme == "mode" else u
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_sigmas_are_drawn_by_the_scheme_each_with_its_own_generator(
+    script: ModuleType, sigma_table: Tensor, scheme: str
+) -> None:
+    numbers = {"logit_mean": 0.4, "logit_std": 1.5, "mode_scale": 0.8}
+    seeded = [torch.Generator().manual_seed(seed) for seed in range(500)]
+    sigmas = script.sample_sigmas(seeded, sigma_table, scheme, **numbers)
+    for seed, sigma in enumerate(sigmas.tolist()):
+        place = reference_place(scheme, torch.Generator().manual_seed(seed), *numbers.values())
+        assert sigma == pytest.approx(1 - math.floor(1000 * place) / 1000, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "numbers", "expected"),
+    [
+        ("logit_normal", {"logit_mean": 1e4}, 0.001),
+        ("logit_normal", {"logit_mean": -1e4}, 1.0),
+        ("mode", {"mode_scale": 1e4}, 1.0),
+        ("mode", {"mode_scale": -1e4}, 0.001),
+    ],
+)
+def test_extreme_draws_take_the_ends_of_the_table(
+    script: ModuleType, sigma_table: Tensor, scheme: str, numbers: dict[str, float], expected: float
+) -> None:
+    # The first draw with seed 0 is 0.496, where a large mode_scale leaves [0, 1] far below.
+    sigmas = script.sample_sigmas([torch.Generator().manual_seed(0)], sigma_table, scheme, **numbers)
+    assert sigmas.tolist() == pytest.approx([expected])
+
+
+def test_every_sigma_of_the_table_can_be_drawn_in_float32(
+    script: ModuleType, sigma_table: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    middles = ((torch.arange(1000) + 0.5) / 1000).unsqueeze(1).unbind()
+    places = iter(middles)
+    monkeypatch.setattr(script, "compute_density_for_timestep_sampling", lambda *_, **__: next(places))
+    sigmas = script.sample_sigmas([torch.Generator()] * 1000, sigma_table)
+    assert sigmas.dtype == torch.float32
+    assert sigmas.tolist() == pytest.approx([(1000 - index) / 1000 for index in range(1000)], abs=1e-7)
+
+
+class Recorder(nn.Module):
+    """Stands in for the transformer: keeps what it was called with."""
+
+    def forward(self, **inputs: Any) -> tuple[Tensor]:
+        self.inputs = inputs
+        return (inputs["hidden_states"],)
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["guidance", "no guidance"])
+def test_the_model_takes_sigma_as_its_timestep_and_guidance_and_text_as_they_are(
+    script: ModuleType, guided: bool
+) -> None:
+    step, model = random_step(2, False, guided, torch.float32), Recorder()
+    script.training_loss(model, *step)
+    assert model.inputs["timestep"].dtype == torch.float32
+    assert model.inputs["timestep"].tolist() == step.sigmas.tolist()
+    assert model.inputs["guidance"] is step.guidance
+    assert torch.equal(model.inputs["encoder_hidden_states"], step.prompt_embeds)
+    assert torch.equal(model.inputs["pooled_projections"], step.pooled_prompt_embeds)
+
+
+@pytest.mark.parametrize(("checkpoint", "guidance"), [("tiny_flux", [2.5, 2.5]), ("tiny_schnell", None)])
+def test_a_run_tells_the_model_the_guidance_that_its_config_asks_for(
+    script: ModuleType,
+    run: Run,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: str,
+    guidance: list[float] | None,
+) -> None:
+    calls, predict_velocity = [], script.predict_velocity
+
+    def record(transformer: nn.Module, noisy: Tensor, sigmas: Tensor, *inputs: Tensor) -> Tensor:
+        calls.append((sigmas, inputs[-1]))
+        return predict_velocity(transformer, noisy, sigmas, *inputs)
+
+    monkeypatch.setattr(script, "predict_velocity", record)
+    folder = request.getfixturevalue(checkpoint)
+    run(script, f"--pretrained_model_name_or_path={folder}", "--guidance_scale=2.5", "--train_batch_size=2")
+    for sigmas, told in calls:
+        assert sigmas.shape == (2,)
+        assert sigmas.dtype == torch.float32
+        assert (None if told is None else told.tolist()) == guidance
+    assert len(calls) == 2
