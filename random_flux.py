@@ -138,7 +138,7 @@ def random_tensor(name: str, meta: torch.Tensor, dtype: torch.dtype, generator: 
 
 
 def write_model(
-    model: torch.nn.Module, folder: Path, stem: str, dtype: torch.dtype, seed: int, max_shard_size: str = "4GB"
+    model: Any, folder: Path, stem: str, dtype: torch.dtype, seed: int, max_shard_size: str = "4GB"
 ) -> None:
     """Write config and random weights of a model that lives on the meta device.
 

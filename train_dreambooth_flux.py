@@ -49,14 +49,18 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
+import zlib
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +91,7 @@ logger = logging.getLogger(__name__)
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".avif"}
 PIXELS_PER_TOKEN = 16  # the VAE shrinks by 8, packing by 2: a side must be a multiple of this
 GIB = 1024**3
+VALIDATION_SIGMAS = 8  # noise levels of the validation loss
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 SCHEDULES = [kind.value for kind in SchedulerType]
 WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
@@ -94,7 +99,11 @@ TRANSFORMER_FILES = "diffusion_pytorch_model{suffix}.safetensors"
 
 
 class UsageError(ValueError):
-    """Something that the user gave cannot work. The message says what, where, and the way out."""
+    """Something that the user gave cannot work; exit code 2. The message says what, where, and the way out."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; exit code 1. The message says why, what is kept, and the way out."""
 
 
 # ======================================================================================================================
@@ -223,6 +232,8 @@ def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation_prompt", help="prompt of the pictures drawn to watch the training")
     group.add_argument("--num_validation_images", type=int, default=4, help="pictures each time")
     group.add_argument("--validation_epochs", type=int, default=50, help="after the first epoch, then every so many")
+    group.add_argument("--validation_loss", action="store_true", help="log the loss at fixed noise and sigmas as well")
+    group.add_argument("--validation_data_dir", help="held-out pictures for it (default: those of the training)")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -253,7 +264,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def range_problems(args: argparse.Namespace) -> Iterator[str]:
+def range_problems(args: Namespace) -> Iterator[str]:
     """Numbers out of their range."""
     at_least = {
         "repeats": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
@@ -280,7 +291,7 @@ def range_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--resolution is {args.resolution}; it must be a multiple of {PIXELS_PER_TOKEN}, {near} for example"
 
 
-def contradictions(args: argparse.Namespace) -> Iterator[str]:
+def contradictions(args: Namespace) -> Iterator[str]:
     """Flags that do not go together, and flags that miss another."""
     if not args.instance_data_dir and not args.dataset_name:
         yield "no pictures: give --instance_data_dir FOLDER or --dataset_name NAME"
@@ -288,6 +299,8 @@ def contradictions(args: argparse.Namespace) -> Iterator[str]:
         yield "--instance_data_dir and --dataset_name are both given; give one of them"
     if args.caption_column and not args.dataset_name:
         yield "--caption_column names a column of a dataset; give --dataset_name too, or leave it out"
+    if args.validation_data_dir and not args.validation_loss:
+        yield "--validation_data_dir needs --validation_loss"
     if args.with_prior_preservation:
         for name in ("class_data_dir", "class_prompt"):
             if not getattr(args, name):
@@ -298,6 +311,10 @@ def contradictions(args: argparse.Namespace) -> Iterator[str]:
         yield "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'"
     if args.hub_model_id and args.hub_model_id.count("/") > 1:
         yield f"--hub_model_id is {args.hub_model_id!r}; give NAME or OWNER/NAME"
+
+
+def missing_packages(args: Namespace) -> Iterator[str]:
+    """Optional packages that a flag needs and that are not installed."""
     packages = {
         "bitsandbytes": args.use_8bit_adam and "--use_8bit_adam",
         "prodigyopt": args.optimizer.lower() == "prodigy" and "--optimizer=prodigy",
@@ -311,20 +328,20 @@ def contradictions(args: argparse.Namespace) -> Iterator[str]:
             yield f"{flag} needs the package {package}: pip install {package}, or leave the flag out"
 
 
-def validate_args(args: argparse.Namespace) -> None:
+def validate_args(args: Namespace) -> None:
     """Check what can be checked from the flags alone.
 
     Raises:
         UsageError: with every problem found, a line each.
     """
-    problems = [*range_problems(args), *contradictions(args)]
+    problems = [*range_problems(args), *contradictions(args), *missing_packages(args)]
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision=fp16 needs a GPU; give bf16 or no")
     if problems:
         raise UsageError("\n  ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
 
 
-def notes_on_args(args: argparse.Namespace) -> Iterator[str]:
+def notes_on_args(args: Namespace) -> Iterator[str]:
     """What works, but perhaps not as the user thinks."""
     prodigy = args.optimizer.lower() == "prodigy"
     if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
@@ -341,7 +358,7 @@ def notes_on_args(args: argparse.Namespace) -> Iterator[str]:
         yield "no --caption_column: every picture is trained with --instance_prompt"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line as a namespace; exits with code 2 and one message if it cannot work."""
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -352,7 +369,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def hub_options(args: argparse.Namespace, **extra: Any) -> dict[str, Any]:
+def hub_options(args: Namespace, **extra: Any) -> dict[str, Any]:
     """The keyword arguments of every `from_pretrained` of the base model."""
     options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "token": args.hub_token}
     return {name: value for name, value in options.items() if value is not None} | extra
@@ -406,7 +423,7 @@ def open_row(dataset: Any, row: int, column: str) -> Image.Image:
     return dataset[row][column]
 
 
-def pictures_in_dataset(args: argparse.Namespace) -> list[Picture]:
+def pictures_in_dataset(args: Namespace) -> list[Picture]:
     """The pictures of `--dataset_name`'s train split, each with its caption or the instance prompt.
 
     Raises:
@@ -527,6 +544,7 @@ class ExampleKey(NamedTuple):
     last: bool  # whether its micro-batch ends an optimizer step
 
 
+@dataclass
 class MicroBatches:
     """The micro-batches of one process from `first_step` to `last_step`, as lists of example keys.
 
@@ -535,15 +553,22 @@ class MicroBatches:
     Which examples make up a step does not depend on how they are split.
     """
 
-    def __init__(
-        self, examples: int, batch_size: int, accumulation: int, process: int, processes: int, seed: int,
-        first_step: int, last_step: int,
-    ) -> None:  # fmt: skip
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.process, self.processes = process, processes
-        self.per_step = batch_size * accumulation * processes
-        self.steps_per_epoch = math.ceil(examples / self.per_step)
-        self.first_step, self.last_step = first_step, last_step
+    examples: int
+    batch_size: int
+    accumulation: int
+    process: int
+    processes: int
+    seed: int
+    first_step: int
+    last_step: int
+
+    @property
+    def per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.examples / self.per_step)
 
     def __iter__(self) -> Iterator[list[ExampleKey]]:
         for step in range(self.first_step, self.last_step):
@@ -570,7 +595,7 @@ class DreamBoothDataset(Dataset):
     """
 
     def __init__(
-        self, instance_pictures: list[Picture], class_pictures: list[Picture], args: argparse.Namespace, seed: int
+        self, instance_pictures: list[Picture], class_pictures: list[Picture], args: Namespace, seed: int
     ) -> None:
         repeats = range(args.repeats)
         self.halves = {"instance": [picture for picture in instance_pictures for _ in repeats]}
@@ -655,7 +680,7 @@ def gather_dicts(mine: dict[Any, Any]) -> dict[Any, Any]:
 
 @torch.no_grad()
 def encode_prompts(
-    args: argparse.Namespace, accelerator: Accelerator, prompts: list[str], dtype: torch.dtype
+    args: Namespace, accelerator: Accelerator, prompts: list[str], dtype: torch.dtype
 ) -> dict[str, PromptEmbeds]:
     """Encode every distinct prompt of the run once, the processes sharing the work, and free the encoders.
 
@@ -686,7 +711,7 @@ def pool_with_clip(text_encoder: nn.Module, clip_ids: Tensor) -> Tensor:
 # ======================================================================================================================
 
 
-def load_vae(args: argparse.Namespace, accelerator: Accelerator) -> AutoencoderKL:
+def load_vae(args: Namespace, accelerator: Accelerator) -> AutoencoderKL:
     """The frozen VAE: bfloat16 in a bf16 run, else float32 (in float16 its activations overflow)."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     vae = AutoencoderKL.from_pretrained(
@@ -747,6 +772,13 @@ def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBo
 # ======================================================================================================================
 
 
+def load_scheduler(args: Namespace) -> FlowMatchEulerDiscreteScheduler:
+    """The sampler that comes with the model; fresh, its `sigmas` are the table that training draws from."""
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(args)
+    )
+
+
 def sample_sigmas(
     generators: list[torch.Generator],
     sigma_table: Tensor,
@@ -788,6 +820,12 @@ def make_image_ids(height: int, width: int, device: torch.device | str = "cpu") 
     sides = (torch.arange(side // 2, device=device, dtype=torch.float32) for side in (height, width))
     rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
+
+
+def make_guidance(transformer: nn.Module, scale: float, batch: int, device: torch.device) -> Tensor | None:
+    """The guidance input of an unwrapped transformer, (B,), or None if it takes none (FLUX.1 [schnell])."""
+    config: Any = transformer.config
+    return torch.full((batch,), scale, device=device) if config.guidance_embeds else None
 
 
 def predict_velocity(
@@ -871,7 +909,7 @@ def training_loss(
 # ======================================================================================================================
 
 
-def load_transformer(args: argparse.Namespace) -> FluxTransformer2DModel:
+def load_transformer(args: Namespace) -> FluxTransformer2DModel:
     """The transformer, all of it trainable, in float32: bf16 weights would round most updates away."""
     transformer = FluxTransformer2DModel.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="transformer", torch_dtype=torch.float32, **hub_options(args)
@@ -883,7 +921,7 @@ def load_transformer(args: argparse.Namespace) -> FluxTransformer2DModel:
     return transformer.requires_grad_(True).train()
 
 
-def load_text_encoder(args: argparse.Namespace) -> CLIPTextModel:
+def load_text_encoder(args: Namespace) -> CLIPTextModel:
     """CLIP, all of it trainable, in float32."""
     text_encoder = CLIPTextModel.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="text_encoder", dtype=torch.float32, **hub_options(args)
@@ -898,7 +936,7 @@ def load_text_encoder(args: argparse.Namespace) -> CLIPTextModel:
 # ======================================================================================================================
 
 
-def parameter_groups(args: argparse.Namespace, transformer: nn.Module, text_encoder: nn.Module | None) -> list[dict]:
+def parameter_groups(args: Namespace, transformer: nn.Module, text_encoder: nn.Module | None) -> list[dict]:
     """The trainable parameters with their learning rates and weight decays."""
     groups = [{"params": transformer, "lr": args.learning_rate, "weight_decay": args.adam_weight_decay}]
     if text_encoder is not None:
@@ -910,7 +948,7 @@ def parameter_groups(args: argparse.Namespace, transformer: nn.Module, text_enco
     return groups
 
 
-def make_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.Optimizer:
+def make_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer:
     """AdamW, 8-bit AdamW or Prodigy over `groups`. To add another optimizer, add it here and in `contradictions`."""
     common = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer.lower() == "prodigy":
@@ -931,7 +969,7 @@ def make_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.
     return torch.optim.AdamW(groups, **common)
 
 
-def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+def make_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule, which moves once an optimizer step, however many processes there are."""
     return get_scheduler(
         args.lr_scheduler,
@@ -944,15 +982,119 @@ def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer
     )
 
 
+@dataclass
+class RunState:
+    """Where a run is. With the weights and the optimizer's state, all that an exact resume needs."""
+
+    step: int  # optimizer steps done
+    seed: int
+    untrained_loss: float | None = None  # the validation loss before the first step
+
+
+@dataclass
+class TrainingData:
+    """What the stages before the transformer leave behind."""
+
+    dataset: DreamBoothDataset
+    prompts: dict[str, PromptEmbeds]
+    vae: Any  # AutoencoderKL, or None when nothing needs it any more
+    shift_factor: float
+    scaling_factor: float
+    validation: list[tuple[str, Tensor]]  # prompt and latents of the pictures of the validation loss
+    facts: dict[str, Any]  # what a checkpoint remembers of the data
+
+
+@dataclass
+class Trained:
+    """What is trained, and what trains it; wrapped by accelerate."""
+
+    transformer: nn.Module
+    text_encoder: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [model for model in (self.transformer, self.text_encoder) if model is not None]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+@dataclass
+class Run:
+    """A training run: its flags and processes, what the stages left behind, what is trained, and where it stands."""
+
+    args: Namespace
+    accelerator: Accelerator
+    data: TrainingData
+    trained: Trained
+    state: RunState
+
+
 # ======================================================================================================================
 # 8. Checkpoints (plumbing)
 # ======================================================================================================================
 
 STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
+PARTIAL, OLD = ".flux-partial", ".flux-old"  # ends of names that are being written, or replaced
+FREE_TO_CHANGE = {  # flags that may differ between a run and its resumption without changing the training
+    "output_dir", "logging_dir", "report_to", "resume_from_checkpoint", "checkpointing_steps",
+    "checkpoints_total_limit", "max_train_steps", "num_train_epochs", "num_validation_images", "validation_epochs",
+    "validation_prompt", "validation_loss", "validation_data_dir", "push_to_hub", "hub_model_id", "cache_dir",
+    "local_rank", "seed", "dataloader_num_workers", "upcast_before_saving", "sample_batch_size",
+}  # fmt: skip
+
+
+def settings(args: Namespace) -> dict[str, Any]:
+    """The flags as plain values, without the token: for trackers, checkpoints and the model card."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**24):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def replace_path(new: Path, final: Path) -> None:
+    """Put `new`, flushed, in the place of `final`; what stood there goes only after."""
+    for path in [*new.rglob("*"), new]:
+        flush(path)
+    old = final.with_name(f".{final.name}{OLD}")
+    if final.is_dir():
+        final.rename(old)
+    new.replace(final)
+    flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Undo what a killed run left half-done, which its names show."""
+    for old in output_dir.glob(f".*{OLD}"):
+        final = old.with_name(old.name[1 : -len(OLD)])
+        if final.exists():
+            shutil.rmtree(old)
+        else:  # killed between the two renames of `replace_path`
+            old.rename(final)
+    for partial in output_dir.glob(f".*{PARTIAL}"):
+        logger.info(f"Removing {partial.name}, which a killed run left half-written")
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The whole checkpoints in `output_dir`, by step, in order."""
+    """The checkpoints in `output_dir`, by step, in order."""
     found = {}
     for path in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -961,65 +1103,114 @@ def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` names, or None to start anew.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, after every file of it was compared with its checksum.
 
     Raises:
-        UsageError: if there is none of that name, with those that there are.
+        UsageError: if a file is missing or damaged, or the checkpoint is from the other script.
     """
-    wanted = args.resume_from_checkpoint
-    checkpoints = list_checkpoints(args.output_dir)
+    try:
+        content = json.loads((path / STATE_FILE).read_text())
+        files, facts = content["files"], content["facts"]
+        if zlib.crc32(json.dumps([files, facts]).encode()) != content["checksum"]:
+            raise ValueError("does not match its checksum")
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is damaged: {STATE_FILE} {error}") from error
+    for name, expected in files.items():
+        if not (path / name).is_file() or checksum(path / name) != expected:
+            raise UsageError(f"{path} is damaged: {name} is missing or does not match its checksum")
+    if facts["script"] != Path(__file__).name:
+        raise UsageError(f"{path} was written by {facts['script']}, which trains other weights")
+    return facts
+
+
+def find_checkpoint(args: Namespace) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that `--resume_from_checkpoint` names and what it says of itself, or None to start anew.
+
+    Raises:
+        UsageError: if there is none of that name, with those that there are, or if it is damaged.
+    """
+    wanted, checkpoints = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
     if not wanted:
         return None
-    if wanted == "latest":
-        if not checkpoints:
-            logger.info(f"--resume_from_checkpoint=latest: no checkpoint in {args.output_dir}, so this run starts anew")
-        return list(checkpoints.values())[-1] if checkpoints else None
-    for path in (Path(wanted), Path(args.output_dir) / wanted):
-        if (path / STATE_FILE).is_file():
-            return path
-    names = ", ".join(path.name for path in checkpoints.values()) or "none"
-    raise UsageError(f"--resume_from_checkpoint is {wanted!r}, which is no checkpoint; {args.output_dir} has {names}")
+    if wanted != "latest":
+        for path in (Path(wanted), Path(args.output_dir) / wanted):
+            if (path / STATE_FILE).is_file():
+                return path, read_checkpoint(path)
+        names = ", ".join(path.name for path in checkpoints.values()) or "none"
+        flag = f"--resume_from_checkpoint is {wanted!r}"
+        raise UsageError(f"{flag}, which is no checkpoint; {args.output_dir} has {names}")
+    for path in reversed(checkpoints.values()):
+        try:
+            return path, read_checkpoint(path)
+        except UsageError as error:
+            logger.warning(f"Passing over a checkpoint: {error}")
+    if checkpoints:
+        raise UsageError("--resume_from_checkpoint=latest: no checkpoint is whole; leave the flag out to start anew")
+    logger.info(f"--resume_from_checkpoint=latest: no checkpoint in {args.output_dir}, so this run starts anew")
+    return None
 
 
-def replace_path(new: Path, final: Path) -> None:
-    """Put `new` in the place of `final`; what stood there goes only after."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.is_dir():
-        final.rename(old)
-    new.replace(final)
-    shutil.rmtree(old, ignore_errors=True)
+def changes_since(args: Namespace, facts: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
+    """How this run differs from the one that wrote a checkpoint, in what changes the training."""
+    before, now = facts["args"] | facts["data"], settings(args) | data
+    free = FREE_TO_CHANGE - (set() if args.lr_scheduler.startswith("constant") else {"max_train_steps"})
+    for name in sorted(before.keys() | now.keys()):
+        if name not in free and before.get(name) != now.get(name):
+            yield f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
 
 
-def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, step: int, seed: int) -> None:
-    """Write `checkpoint-<step>`: called on all processes, whole or not there, the oldest pruned after."""
-    output = Path(args.output_dir)
-    partial = output / f".checkpoint-{step}.partial"
-    if accelerator.is_main_process:
+def checkpoint_bytes(trained: Trained) -> int:
+    """About what a checkpoint takes on the disk: float32 weights and the optimizer's state."""
+    states = (value for state in trained.optimizer.state.values() for value in state.values())
+    return (
+        2**20
+        + sum(4 * parameter.numel() for parameter in trained.parameters)
+        + sum(value.nbytes for value in states if isinstance(value, Tensor))
+    )
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write `checkpoint-<step>`: called on all processes, whole or not there, the oldest pruned after.
+
+    Raises:
+        RunError: if the disk is full; nothing half-written is left, and earlier checkpoints stand.
+    """
+    args, accelerator, state = run.args, run.accelerator, run.state
+    output, needed = Path(args.output_dir), checkpoint_bytes(run.trained)
+    partial = output / f".checkpoint-{state.step}{PARTIAL}"
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            if shutil.disk_usage(output).free < needed:
+                raise OSError("not enough space")
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+        files = {
+            str(path.relative_to(partial)): checksum(path) for path in sorted(partial.rglob("*")) if path.is_file()
+        }
+        facts = {"script": Path(__file__).name, "state": asdict(state), "args": settings(args), "data": run.data.facts}
+        content = {"files": files, "facts": facts, "checksum": zlib.crc32(json.dumps([files, facts]).encode())}
+        (partial / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        replace_path(partial, output / f"checkpoint-{state.step}")
+    except Exception as error:  # each writer has its own kind of error for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    state = {"step": step, "seed": seed, "processes": accelerator.num_processes, "args": settings(args)}
-    (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-    replace_path(partial, output / f"checkpoint-{step}")
-    logger.info(f"Saved checkpoint-{step}")
+        free = shutil.disk_usage(output).free
+        raise RunError(
+            f"checkpoint-{state.step} was not written ({error}): it needs about {needed:,} bytes and {output} has "
+            f"{free:,} free. Earlier checkpoints are whole: make room, then go on with --resume_from_checkpoint=latest"
+        ) from error
+    logger.info(f"Saved checkpoint-{state.step}")
     if args.checkpoints_total_limit:
-        earlier = [path for number, path in list_checkpoints(output).items() if number < step]
+        earlier = [path for number, path in list_checkpoints(output).items() if number < state.step]
         for path in earlier[: max(0, len(earlier) + 1 - args.checkpoints_total_limit)]:
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}{PARTIAL}")))  # never a half-deleted checkpoint
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
-    """Restore weights, optimizer and schedule; returns the step."""
-    accelerator.load_state(str(checkpoint))
-    return json.loads((checkpoint / STATE_FILE).read_text())["step"]
-
-
-def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:
     """The model under what accelerate put around it for processes and compiling."""
     return accelerator.unwrap_model(model, keep_torch_compile=False)
 
@@ -1056,7 +1247,7 @@ def register_state_hooks(accelerator: Accelerator) -> None:
 
 
 @torch.no_grad()
-def generate_class_pictures(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int) -> None:
     """Draw the class pictures that are missing, at the training resolution, the processes sharing the work."""
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1083,10 +1274,10 @@ def generate_class_pictures(args: argparse.Namespace, accelerator: Accelerator) 
                 pooled_prompt_embeds=pooled.expand(len(part), -1),
                 height=args.resolution,
                 width=args.resolution,
-                generator=[generator_for(args.seed or 0, "class picture", number) for number in part],
+                generator=[generator_for(seed, "class picture", number) for number in part],
             ).images
             for number, picture in zip(part, pictures, strict=True):
-                partial = folder / f".class_{number:05d}.partial"
+                partial = folder / f".class_{number:05d}{PARTIAL}"
                 picture.save(partial, format="PNG")
                 partial.replace(folder / f"class_{number:05d}.png")
             bar.update(len(part))
@@ -1096,7 +1287,7 @@ def generate_class_pictures(args: argparse.Namespace, accelerator: Accelerator) 
 
 @torch.no_grad()
 def sample_pictures(
-    args: argparse.Namespace,
+    args: Namespace,
     accelerator: Accelerator,
     transformer: FluxTransformer2DModel,
     vae: AutoencoderKL,
@@ -1109,10 +1300,7 @@ def sample_pictures(
     At the training's resolution and text length, from the same noise every time. The transformer is used as it is:
     neither cast nor moved.
     """
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(args)
-    )
-    pipeline = FluxPipeline(scheduler, None, None, None, None, None, transformer)
+    pipeline = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
     pipeline.set_progress_bar_config(disable=True)
     numbers = range(accelerator.process_index, args.num_validation_images, accelerator.num_processes)
     dtype = transformer.dtype if not transformer.training else torch.float32
@@ -1144,27 +1332,81 @@ def log_pictures(accelerator: Accelerator, name: str, pictures: list[Image.Image
             tracker.log_images({name: pictures}, step)
 
 
-def validate(
-    args: argparse.Namespace, accelerator: Accelerator, data: "TrainingData", trained: "Trained", seed: int, step: int
-) -> None:
+@torch.no_grad()
+def embed_prompt(accelerator: Accelerator, text_encoder: nn.Module | None, embeds: PromptEmbeds) -> PromptEmbeds:
+    """The prompt as a CLIP that is trained sees it now; unchanged if there is none."""
+    if text_encoder is None:
+        return embeds
+    pooled = pool_with_clip(text_encoder, embeds.clip_ids[None].to(accelerator.device))
+    return embeds._replace(pooled_prompt_embeds=pooled[0].cpu())
+
+
+def draw_validation_pictures(run: Run) -> None:
     """Draw pictures from the live model, into `output_dir/validation` and the trackers."""
-    embeds = data.prompts[args.validation_prompt]
-    if trained.text_encoder is not None:
-        with torch.no_grad():
-            pooled = pool_with_clip(trained.text_encoder, embeds.clip_ids[None].to(accelerator.device))
-        embeds = embeds._replace(pooled_prompt_embeds=pooled[0])
-    transformer = unwrap(accelerator, trained.transformer)
-    data.vae.to(accelerator.device)
-    pictures = sample_pictures(args, accelerator, transformer, data.vae, embeds, seed, "Validation")
+    args, accelerator, data, state = run.args, run.accelerator, run.data, run.state
+    embeds = embed_prompt(accelerator, run.trained.text_encoder, data.prompts[args.validation_prompt])
+    transformer, vae = unwrap(accelerator, run.trained.transformer), data.vae.to(accelerator.device)
+    pictures = sample_pictures(args, accelerator, transformer, vae, embeds, state.seed, "Validation")
     if data.dataset.cached is not None:  # the training does not need it in between
-        data.vae.to("cpu")
+        vae.to("cpu")
     if accelerator.is_main_process:
         folder = Path(args.output_dir) / "validation"
         folder.mkdir(exist_ok=True)
         for number, picture in enumerate(pictures):
-            picture.save(folder / f"step_{step:06d}_{number}.png")
-        log_pictures(accelerator, "validation", pictures, step)
+            picture.save(folder / f"step_{state.step:06d}_{number}.png")
+        log_pictures(accelerator, "validation", pictures, state.step)
     accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def encode_validation_pictures(
+    args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, pictures: list[Picture]
+) -> list[tuple[str, Tensor]]:
+    """Prompt and latents (1, C, H, W) of each picture: centre crop, mean of the posterior, nothing random."""
+    encoded = {}
+    for number in range(accelerator.process_index, len(pictures), accelerator.num_processes):
+        with pictures[number].open() as stored:
+            image = to_rgb(stored)
+        size = resized_size(*image.size, args.resolution)
+        view = draw_view(*size, args.resolution, True, False, torch.Generator())
+        pixels = to_pixels(image, args.resolution, view, args.image_interpolation_mode)
+        mean = encode_pixels(vae, pixels[None]).mean.cpu()
+        latents = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        encoded[number] = (pictures[number].prompt, latents)
+    return [encoded for _, encoded in sorted(gather_dicts(encoded).items())]
+
+
+@torch.no_grad()
+def validation_loss(run: Run) -> float:
+    """Mean flow-matching loss of the validation pictures at fixed, equally spaced sigmas and fixed noise.
+
+    Unlike the training loss, whose sigmas and noise are drawn anew, it compares from step to step and run to run.
+    """
+    accelerator, data = run.accelerator, run.data
+    transformer, device = unwrap(accelerator, run.trained.transformer), accelerator.device
+    guidance = make_guidance(transformer, run.args.guidance_scale, 1, device)
+    total, weights = torch.zeros((), device=device), torch.ones(1, device=device)
+    transformer.eval()
+    for number in range(accelerator.process_index, len(data.validation), accelerator.num_processes):
+        prompt, latents = data.validation[number]
+        embeds = embed_prompt(accelerator, run.trained.text_encoder, data.prompts[prompt])
+        text, pooled = embeds.prompt_embeds[None].to(device), embeds.pooled_prompt_embeds[None].to(device)
+        for level in range(VALIDATION_SIGMAS):
+            sigmas = torch.full((1,), (level + 0.5) / VALIDATION_SIGMAS, device=device)
+            noise = draw_normal(latents.shape[1:], 0, "validation", [(number, level)]).to(device)
+            total += training_loss(transformer, latents.to(device), noise, sigmas, text, pooled, guidance, weights)
+    transformer.train()
+    return accelerator.reduce(total, reduction="sum").item() / (len(data.validation) * VALIDATION_SIGMAS)
+
+
+def log_validation_loss(run: Run) -> None:
+    """Compute and log the validation loss, also relative to that of the untrained model."""
+    loss, state = validation_loss(run), run.state
+    if state.untrained_loss is None:
+        state.untrained_loss = loss
+    relative = loss / state.untrained_loss
+    logger.info(f"Validation loss at step {state.step}: {loss:.5f}, {relative:.4f} of the untrained model's")
+    run.accelerator.log({"validation_loss": loss, "validation_loss_relative": relative}, step=state.step)
 
 
 # ======================================================================================================================
@@ -1187,9 +1429,9 @@ def save_weights(accelerator: Accelerator, model: nn.Module, folder: Path, dtype
         unwrapped.save_pretrained(folder / name, state_dict=state)
 
 
-def save_results(args: argparse.Namespace, accelerator: Accelerator, trained: "Trained", dtype: torch.dtype) -> None:
+def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dtype: torch.dtype) -> None:
     """Write the whole pipeline, what was trained in `dtype`, into the output folder; called on all processes."""
-    output, partial = Path(args.output_dir), Path(args.output_dir) / ".results.partial"
+    output, partial = Path(args.output_dir), Path(args.output_dir) / f".results{PARTIAL}"
     for model in trained.models:
         save_weights(accelerator, model, partial, dtype)
     if accelerator.is_main_process:
@@ -1212,35 +1454,33 @@ def save_results(args: argparse.Namespace, accelerator: Accelerator, trained: "T
     accelerator.wait_for_everyone()
 
 
-def load_results(args: argparse.Namespace, dtype: torch.dtype) -> FluxPipeline:
+def has_results(args: Namespace) -> bool:
+    return (Path(args.output_dir) / "model_index.json").is_file()
+
+
+def load_results(args: Namespace, dtype: torch.dtype) -> FluxPipeline:
     """The pipeline that was saved, as a user would load it, but for T5, whose embeddings are at hand."""
     return FluxPipeline.from_pretrained(args.output_dir, text_encoder_2=None, tokenizer_2=None, torch_dtype=dtype)
 
 
 def draw_final_pictures(
-    args: argparse.Namespace, accelerator: Accelerator, embeds: PromptEmbeds, seed: int, dtype: torch.dtype, step: int
+    args: Namespace, accelerator: Accelerator, embeds: PromptEmbeds, state: RunState, dtype: torch.dtype
 ) -> None:
     """Draw pictures from what was saved, which proves the files; `image_<n>.png` and the trackers."""
     pipeline = load_results(args, dtype).to(accelerator.device)
-    if args.train_text_encoder:
-        with torch.no_grad():
-            pooled = pool_with_clip(pipeline.text_encoder, embeds.clip_ids[None].to(accelerator.device))
-        embeds = embeds._replace(pooled_prompt_embeds=pooled[0])
+    embeds = embed_prompt(accelerator, pipeline.text_encoder if args.train_text_encoder else None, embeds)
     pipeline.transformer.eval()
-    pictures = sample_pictures(args, accelerator, pipeline.transformer, pipeline.vae, embeds, seed, "Final pictures")
+    pictures = sample_pictures(
+        args, accelerator, pipeline.transformer, pipeline.vae, embeds, state.seed, "Final pictures"
+    )
     if accelerator.is_main_process:
         for number, picture in enumerate(pictures):
             picture.save(Path(args.output_dir) / f"image_{number}.png")
-        log_pictures(accelerator, "test", pictures, step)
+        log_pictures(accelerator, "test", pictures, state.step)
     accelerator.wait_for_everyone()
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as plain values, without the token: for trackers, checkpoints and the model card."""
-    return {name: value for name, value in vars(args).items() if name != "hub_token"}
-
-
-def write_model_card(args: argparse.Namespace, repo_id: str, steps: int, seed: int) -> None:
+def write_model_card(args: Namespace, repo_id: str, state: RunState) -> None:
     """Write README.md for the Hub: gallery, trigger words, code that loads the result, settings, licence."""
     output = Path(args.output_dir)
     pictures = sorted(path.name for path in output.glob("image_*.png")) if args.validation_prompt else []
@@ -1265,7 +1505,7 @@ def write_model_card(args: argparse.Namespace, repo_id: str, steps: int, seed: i
     prompt = args.validation_prompt or args.instance_prompt
     body = f"""# {repo_id.split("/")[-1]}
 
-A DreamBooth {kind} of [{base}](https://huggingface.co/{base}), trained for {steps} steps at {args.resolution} px.
+A DreamBooth {kind} of [{base}](https://huggingface.co/{base}), trained for {state.step} steps at {args.resolution} px.
 {text_encoder}.
 
 {"<Gallery />" if pictures else ""}
@@ -1287,7 +1527,7 @@ image.save("image.png")
 
 ## Settings
 
-What differs from the defaults; the seed was {seed}.
+What differs from the defaults; the seed was {state.seed}.
 
 | flag | value |
 |---|---|
@@ -1300,12 +1540,12 @@ accelerate {accelerate.__version__}, torch {torch.__version__}.
 
 FLUX.1 [dev]'s: [non-commercial](https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md).
 """
-    partial = output / ".README.md.partial"
+    partial = output / f".README.md{PARTIAL}"
     ModelCard(f"---\n{card.to_yaml()}\n---\n\n{body}").save(partial)
     replace_path(partial, output / "README.md")
 
 
-def create_repository(args: argparse.Namespace) -> str:
+def create_repository(args: Namespace) -> str:
     """Make the Hub's repository if need be, before anything expensive; returns its full name.
 
     Raises:
@@ -1321,13 +1561,20 @@ def create_repository(args: argparse.Namespace) -> str:
         ) from error
 
 
-def push_to_hub(args: argparse.Namespace, repo_id: str) -> None:
+def push_to_hub(args: Namespace, repo_id: str) -> None:
     """Upload the result, the card and its pictures: no checkpoints, no logs."""
     components = ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"]
     allowed = ["README.md", "model_index.json", "image_*.png", *(f"{name}/*" for name in components)]
-    HfApi(token=args.hub_token).upload_folder(
-        repo_id=repo_id, folder_path=args.output_dir, allow_patterns=allowed, commit_message="End of training"
-    )
+    try:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=allowed, commit_message="End of training"
+        )
+    except Exception as error:  # whatever it is, the result must not be lost with it
+        include = " ".join(f"'{pattern}'" for pattern in allowed)
+        raise RunError(
+            f"the upload to {repo_id} failed ({error}). The result is whole in {args.output_dir}; to push again: "
+            f"hf upload {repo_id} {args.output_dir} . --include {include}"
+        ) from error
     logger.info(f"Uploaded the result to {repo_id}")
 
 
@@ -1336,33 +1583,43 @@ def push_to_hub(args: argparse.Namespace, repo_id: str) -> None:
 # ======================================================================================================================
 
 
-@dataclass
-class TrainingData:
-    """What the stages before the transformer leave behind."""
+class StopSignals:
+    """Remembers a signal that asks to stop, so that the step can end and a checkpoint be written.
 
-    dataset: DreamBoothDataset
-    prompts: dict[str, PromptEmbeds]
-    vae: AutoencoderKL | None  # None: nothing needs it any more
-    shift_factor: float
-    scaling_factor: float
+    SIGTERM, SIGINT and SIGUSR1 (a cluster's warning) count, and so does a launcher that has gone away. A second SIGINT
+    ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.parent = os.getppid()
+
+    def __enter__(self) -> "StopSignals":
+        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self.previous = {number: signal.signal(number, self.remember) for number in wanted}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def remember(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+
+    def pending(self) -> int:
+        """The number of the signal that asks to stop, or 0."""
+        if self.received is None and os.getppid() != self.parent:
+            self.received = signal.SIGTERM
+        return 0 if self.received is None else int(self.received)
 
 
-@dataclass
-class Trained:
-    """What is trained, and what trains it; wrapped by accelerate."""
-
-    transformer: nn.Module
-    text_encoder: nn.Module | None
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
-
-    @property
-    def models(self) -> list[nn.Module]:
-        return [model for model in (self.transformer, self.text_encoder) if model is not None]
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+def ignore_signals(_: int) -> None:
+    """In the processes that load pictures: the training decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -1373,20 +1630,43 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return peak if read is None else peak | {"peak_device_memory": read(device) / GIB}
 
 
+def memory_advice(args: Namespace) -> str:
+    """The flags that would save memory and are not in use, those that cost least first."""
+    flags = {
+        "--gradient_checkpointing": not args.gradient_checkpointing,
+        "--cache_latents": not args.cache_latents,
+        "--train_batch_size=1 with --gradient_accumulation_steps": args.train_batch_size > 1,
+        "--mixed_precision=bf16": args.mixed_precision not in ("bf16", "fp16"),
+        "--use_8bit_adam": args.optimizer.lower() == "adamw" and not args.use_8bit_adam,
+        "--sample_batch_size=1": args.with_prior_preservation and args.sample_batch_size > 1,
+        "a smaller --resolution": args.resolution > 512,
+    }
+    return ", ".join(flag for flag, helps in flags.items() if helps) or "a smaller --resolution"
+
+
 @contextlib.contextmanager
-def stage(accelerator: Accelerator, name: str) -> Iterator[None]:
-    """Announce a stage; when it ends, return freed memory to the device and log time and peak memory."""
+def stage(args: Namespace, accelerator: Accelerator, name: str) -> Iterator[None]:
+    """Announce a stage; when it ends, return freed memory to the device and log time and peak memory.
+
+    Raises:
+        RunError: if memory runs out in it, with what was in use and which flags would help.
+    """
     logger.info(name)
     reset = getattr(torch.get_device_module(accelerator.device), "reset_peak_memory_stats", None)
     if reset is not None:
         reset(accelerator.device)
     start = time.perf_counter()
-    yield
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        used = ", ".join(f"{key} {value:.2f} GiB" for key, value in peak_memory(accelerator.device).items())
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        advice = memory_advice(args)
+        raise RunError(f"out of memory while: {name} ({used}; {reason}). Try, in order: {advice}") from error
     gc.collect()
-    peak = ", ".join(
-        f"{key.replace('_', ' ')} {value:.2f} GiB" for key, value in peak_memory(accelerator.device).items()
-    )
     clear_device_cache()
+    memory = peak_memory(accelerator.device).items()
+    peak = ", ".join(f"{key.replace('_', ' ')} {value:.2f} GiB" for key, value in memory)
     logger.info(f"{name}: {time.perf_counter() - start:.1f} s, {peak}")
 
 
@@ -1395,17 +1675,10 @@ def draw_normal(shape: torch.Size, seed: int, purpose: str, places: list[tuple])
     return torch.stack([torch.randn(shape, generator=generator_for(seed, purpose, *place)) for place in places])
 
 
-def prepare_inputs(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    data: TrainingData,
-    trained: Trained,
-    batch: dict[str, Any],
-    sigma_table: Tensor,
-    seed: int,
-) -> dict[str, Any]:
+def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> dict[str, Any]:
     """Turn a micro-batch into the tensors of `training_loss`, on the device."""
-    device, keys = accelerator.device, batch["keys"]
+    args, data, seed = run.args, run.data, run.state.seed
+    device, keys = run.accelerator.device, batch["keys"]
     halves = ("instance", "class")[: len(batch["prompts"]) // len(keys)]
     places = [(half, key.epoch, key.position) for half in halves for key in keys]
     if "latents" in batch:
@@ -1414,27 +1687,21 @@ def prepare_inputs(
         distribution = encode_pixels(data.vae, batch["pixels"])
     shape = distribution.mean.shape[1:]
     posterior_noise = draw_normal(shape, seed, "posterior", places).to(device, non_blocking=True)
-    sigmas = sample_sigmas(
-        [generator_for(seed, "sigma", *place) for place in places],
-        sigma_table,
-        args.weighting_scheme,
-        args.logit_mean,
-        args.logit_std,
-        args.mode_scale,
-    )
+    generators = [generator_for(seed, "sigma", *place) for place in places]
+    scheme = (args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
     embeds = [data.prompts[prompt] for prompt in batch["prompts"]]
-    if trained.text_encoder is None:
+    if run.trained.text_encoder is None:
         pooled = torch.stack([embed.pooled_prompt_embeds for embed in embeds]).to(device)
     else:
-        pooled = pool_with_clip(trained.text_encoder, torch.stack([embed.clip_ids for embed in embeds]).to(device))
-    guided = unwrap(accelerator, trained.transformer).config.guidance_embeds
+        pooled = pool_with_clip(run.trained.text_encoder, torch.stack([embed.clip_ids for embed in embeds]).to(device))
+    transformer = unwrap(run.accelerator, run.trained.transformer)
     return {
         "latents": sample_latents(distribution, posterior_noise, data.shift_factor, data.scaling_factor),
         "noise": draw_normal(shape, seed, "noise", places).to(device, non_blocking=True),
-        "sigmas": sigmas.to(device),
+        "sigmas": sample_sigmas(generators, sigma_table, *scheme).to(device),
         "prompt_embeds": torch.stack([embed.prompt_embeds for embed in embeds]).to(device),
         "pooled_prompt_embeds": pooled,
-        "guidance": torch.full((len(embeds),), args.guidance_scale, device=device) if guided else None,
+        "guidance": make_guidance(transformer, args.guidance_scale, len(embeds), device),
         "weights": batch["weights"].to(device),
         "weighting_scheme": args.weighting_scheme,
         "prior_loss_weight": args.prior_loss_weight,
@@ -1452,84 +1719,99 @@ def accumulate(accelerator: Accelerator, models: list[nn.Module], last: bool) ->
         yield
 
 
-def log_step(
-    accelerator: Accelerator, trained: Trained, loss: Tensor, grad_norm: Tensor | None, seconds: float, step: int
-) -> dict[str, float]:
-    """Log what an optimizer step did. `loss` is this process's share of the step's mean.
+def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) -> dict[str, float]:
+    """Log what an optimizer step did: `loss` is its mean over micro-batches and processes.
 
     Raises:
-        FloatingPointError: if the loss is not a number any more.
+        RunError: if the loss is not a number any more.
     """
-    value = accelerator.reduce(loss, reduction="sum").item()
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the loss is {value} at step {step}. Likely causes: --learning_rate too high, fp16 overflow (use bf16), "
-            "or broken weights. The checkpoints written so far are good: resume from the last with other flags"
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss is {loss} at step {run.state.step}. Likely causes: --learning_rate too high, overflow in "
+            "fp16 (use bf16), or broken weights. The checkpoints written so far are good: resume from the last with other flags"
         )
-    group = trained.optimizer.param_groups[0]
-    values = {"loss": value, "lr": trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
+    values = {"loss": loss, "lr": run.trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
     if grad_norm is not None:
         values["grad_norm"] = float(grad_norm)
+    group = run.trained.optimizer.param_groups[0]
     if "d" in group:  # Prodigy's estimate of the step size
         values["prodigy_d"] = float(group["d"])
-    values |= peak_memory(accelerator.device)
-    accelerator.log(values, step=step)
+    values |= peak_memory(run.accelerator.device)
+    run.accelerator.log(values, step=run.state.step)
     return values
 
 
-def train(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    data: TrainingData,
-    trained: Trained,
-    schedule: MicroBatches,
-    seed: int,
-) -> None:
-    """The loop: from `schedule.first_step` to `schedule.last_step`, with validation and checkpoints on the way."""
+def stop_run(run: Run, number: int) -> None:
+    """Leave after a checkpoint was written because of signal `number`, which another process may have got."""
+    step = run.state.step
+    number = max(gather_object([number]))
+    logger.warning(
+        f"Stopped by {signal.Signals(number).name} at step {step}; checkpoint-{step} is saved. "
+        "To go on: the same command with --resume_from_checkpoint=latest"
+    )
+    run.accelerator.end_training()
+    raise SystemExit(128 + number)
+
+
+def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
+    """The loop: from `state.step` to `schedule.last_step`, with validation and checkpoints on the way."""
+    args, accelerator, trained, state = run.args, run.accelerator, run.trained, run.state
     loader = DataLoader(
-        data.dataset,
+        run.data.dataset,
         batch_sampler=schedule,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        generator=generator_for(seed, "loader"),
+        generator=generator_for(state.seed, "loader"),
+        worker_init_fn=ignore_signals,
     )
-    sigma_table = FlowMatchEulerDiscreteScheduler.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(args)
-    ).sigmas
-    step, start = schedule.first_step, time.perf_counter()
-    progress = tqdm(initial=step, total=schedule.last_step, desc="Steps", disable=not accelerator.is_local_main_process)
-    step_loss = torch.zeros((), device=accelerator.device)
+    sigma_table = load_scheduler(args).sigmas
+    start, total = time.perf_counter(), torch.zeros(2, device=accelerator.device)  # loss, and who wants to stop
+    hidden = not accelerator.is_local_main_process
+    progress = tqdm(initial=state.step, total=schedule.last_step, desc="Steps", disable=hidden)
     for batch in loader:
         last = batch["keys"][0].last
         with accumulate(accelerator, trained.models, last):
             # What still draws from the global generator, dropout, is repeatable too.
-            torch.manual_seed(generator_for(seed, "dropout", *batch["keys"][0][:2]).initial_seed())
-            inputs = prepare_inputs(args, accelerator, data, trained, batch, sigma_table, seed)
-            loss = training_loss(trained.transformer, **inputs)
+            torch.manual_seed(generator_for(state.seed, "dropout", *batch["keys"][0][:2]).initial_seed())
+            loss = training_loss(trained.transformer, **prepare_inputs(run, batch, sigma_table))
             # `weights` make the mean over the step; accelerate divides by both of these.
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
-            step_loss += loss.detach()
+            total[0] += loss.detach()
         if not last:
             continue
         grad_norm = accelerator.clip_grad_norm_(trained.parameters, args.max_grad_norm or math.inf)
         trained.optimizer.step()
         trained.lr_scheduler.step()
         trained.optimizer.zero_grad()
-        step += 1
-        values = log_step(accelerator, trained, step_loss, grad_norm, time.perf_counter() - start, step)
-        step_loss, start = torch.zeros_like(step_loss), time.perf_counter()
+        state.step += 1
+        total[1] = signals.pending()
+        step_loss, stop = accelerator.reduce(total, reduction="sum").tolist()
+        values = log_step(run, step_loss, grad_norm, time.perf_counter() - start)
         progress.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
         progress.update()
-        if step % args.checkpointing_steps == 0:
-            save_checkpoint(args, accelerator, step, seed)
-        epoch, left = divmod(step, schedule.steps_per_epoch)
-        if args.validation_prompt and left == 0 and (epoch - 1) % args.validation_epochs == 0:
-            validate(args, accelerator, data, trained, seed, step)
+        if stop or state.step % args.checkpointing_steps == 0:
+            save_checkpoint(run)
+        if stop:
+            progress.close()
+            stop_run(run, signals.pending())
+        epoch, left = divmod(state.step, schedule.steps_per_epoch)
+        if left == 0 and (epoch - 1) % args.validation_epochs == 0:
+            validate(run)
+        total.zero_()
+        start = time.perf_counter()
     progress.close()
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
+def validate(run: Run) -> None:
+    """What `--validation_loss` and `--validation_prompt` ask for, from the live model."""
+    if run.args.validation_loss:
+        log_validation_loss(run)
+    if run.args.validation_prompt and run.state.step > 0:
+        draw_validation_pictures(run)
+
+
+def make_accelerator(args: Namespace) -> Accelerator:
     """Devices, processes, precision and trackers, and how this script logs."""
     project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
     try:
@@ -1555,29 +1837,124 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def choose_seed(args: argparse.Namespace, checkpoint: Path | None) -> int:
-    """The run's seed: `--seed`, else the checkpoint's, else a new one, the same on all processes."""
-    if args.seed is None and checkpoint is not None:
-        return json.loads((checkpoint / STATE_FILE).read_text())["seed"]
+def check_model(args: Namespace) -> None:
+    """See that `--pretrained_model_name_or_path` is a FLUX.1 pipeline; only its index is read.
+
+    Raises:
+        UsageError: if it is not, or cannot be reached.
+    """
+    name = args.pretrained_model_name_or_path
+    try:
+        index = FluxPipeline.load_config(name, **hub_options(args))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--pretrained_model_name_or_path is {name!r}, which does not load: {reason}") from error
+    if index.get("_class_name") != "FluxPipeline" or "transformer" not in index:
+        raise UsageError(f"--pretrained_model_name_or_path is {name!r}, which is a {index.get('_class_name')}")
+
+
+def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
+    """The pictures of the subject, those of the class that are there, and those held out.
+
+    Raises:
+        UsageError: if there are none, or some cannot be read.
+    """
+    pictures = {
+        "instance": pictures_in_dataset(args)
+        if args.dataset_name
+        else pictures_in_folder("--instance_data_dir", args.instance_data_dir, args.instance_prompt)
+    }
+    if args.validation_data_dir:
+        pictures["validation"] = pictures_in_folder(
+            "--validation_data_dir", args.validation_data_dir, args.instance_prompt
+        )
+    folder = Path(args.class_data_dir or "")
+    if args.with_prior_preservation and folder.is_dir() and list_picture_files(folder):
+        pictures["class"] = pictures_in_folder("--class_data_dir", args.class_data_dir, args.class_prompt)
+    check_pictures([picture for part in pictures.values() for picture in part], args.resolution)
+    return pictures
+
+
+def make_output_folder(args: Namespace) -> str:
+    """Make `--output_dir`, and with `--push_to_hub` the repository; returns the repository's name.
+
+    Raises:
+        UsageError: if either is refused; a folder made for nothing is removed.
+    """
+    output = Path(args.output_dir)
+    new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".probe{PARTIAL}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--output_dir is {args.output_dir!r}, which cannot be written: {error}") from error
+    remove_leftovers(output)
+    if not args.push_to_hub:
+        return output.resolve().name
+    try:
+        return create_repository(args)
+    except UsageError:
+        if new:
+            output.rmdir()
+        raise
+
+
+def begin(args: Namespace, accelerator: Accelerator) -> tuple[dict[str, list[Picture]], Any, str]:
+    """Everything that can go wrong before a model is loaded goes wrong here, on the main process first.
+
+    Returns:
+        The pictures; the checkpoint to resume and what it says of itself, or None; the repository's name.
+    """
+    found: list[Any] = [None, None]
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            check_model(args)
+        pictures = list_pictures(args)
+        if accelerator.is_main_process:
+            resumed = find_checkpoint(args)
+            found = [make_output_folder(args), resumed]
+    repo_id, resumed = accelerate.utils.broadcast_object_list(found)
+    return pictures, resumed, repo_id
+
+
+def start_state(args: Namespace, resumed: Any) -> RunState:
+    """Where the run starts: at the checkpoint, or at step 0 with `--seed` or a seed that is drawn."""
+    if resumed is not None:
+        state = RunState(**resumed[1]["state"])
+        if args.seed not in (None, state.seed):
+            logger.warning(f"--seed={args.seed} has no effect: the run goes on with the checkpoint's {state.seed}")
+        return state
     if args.seed is not None:
-        return args.seed
-    drawn = accelerate.utils.broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
-    logger.info(f"No --seed: drew {drawn}")
-    return drawn
+        return RunState(0, args.seed)
+    seed = accelerate.utils.broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
+    logger.info(f"No --seed: drew {seed}")
+    return RunState(0, seed)
 
 
-def prepare_data(args: argparse.Namespace, accelerator: Accelerator, dataset: DreamBoothDataset) -> TrainingData:
+def prepare_data(
+    args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, validation_pictures: list[Picture]
+) -> TrainingData:
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
-    prompts = list(dict.fromkeys([*dataset.prompts, *filter(None, [args.validation_prompt])]))
-    with stage(accelerator, f"Encoding {len(prompts)} prompts"):
+    prompts = [*dataset.prompts, *(picture.prompt for picture in validation_pictures), args.validation_prompt]
+    prompts = list(dict.fromkeys(prompt for prompt in prompts if prompt))
+    with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
-    with stage(accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):
+    with stage(args, accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):
         vae = load_vae(args, accelerator)
         config = vae.config
+        validation = encode_validation_pictures(args, accelerator, vae, validation_pictures)
         if args.cache_latents:
             cache_latents(accelerator, vae, dataset)
             vae = vae.to("cpu") if args.validation_prompt else None
-    return TrainingData(dataset, encoded, vae, config.shift_factor, config.scaling_factor)
+    names = [(half, picture.name, picture.prompt) for half, part in dataset.halves.items() for picture in part]
+    facts = {
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "pictures and prompts": f"{len(names)} ({zlib.crc32(json.dumps(names).encode()):08x})",
+    }
+    return TrainingData(dataset, encoded, vae, config.shift_factor, config.scaling_factor, validation, facts)
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -1585,7 +1962,7 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def prepare_training(args: argparse.Namespace, accelerator: Accelerator, seed: int) -> Trained:
+def prepare_training(args: Namespace, accelerator: Accelerator, seed: int) -> Trained:
     """Load what is trained, make its optimizer and schedule, and hand all of it to accelerate."""
     transformer = load_transformer(args).to(accelerator.device)
     text_encoder = load_text_encoder(args) if args.train_text_encoder else None
@@ -1601,36 +1978,31 @@ def prepare_training(args: argparse.Namespace, accelerator: Accelerator, seed: i
     return trained
 
 
-def fit(
-    args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, checkpoint: Path | None, seed: int
-) -> int:
-    """Load, train, save: when this returns, the memory of the training is free. Returns the number of steps."""
-    with stage(accelerator, "Loading the transformer"):
-        trained = prepare_training(args, accelerator, seed)
-    first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
-    if checkpoint:
-        logger.info(f"Resuming from {checkpoint} at step {first_step} of {args.max_train_steps}")
-    schedule = MicroBatches(
-        len(data.dataset),
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-        seed,
-        first_step,
-        args.max_train_steps,
-    )
-    with stage(accelerator, "Training"):
-        train(args, accelerator, data, trained, schedule, seed)
-    with stage(accelerator, "Saving the result"):
-        save_results(
-            args, accelerator, trained, torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
-        )
+def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: Any, state: RunState) -> None:
+    """Load, train, save: when this returns, the memory of the training is free."""
+    with stage(args, accelerator, "Loading the transformer"):
+        trained = prepare_training(args, accelerator, state.seed)
+    if resumed is not None:
+        checkpoint, facts = resumed
+        accelerator.load_state(str(checkpoint))
+        logger.info(f"Resuming from {checkpoint} at step {state.step} of {args.max_train_steps}")
+        for change in changes_since(args, facts, data.facts):
+            logger.warning(f"Changed since {checkpoint.name}, so this run is not the one it would have been: {change}")
+    run = Run(args, accelerator, data, trained, state)
+    split = (accelerator.process_index, accelerator.num_processes)
+    sizes = (len(data.dataset), args.train_batch_size, args.gradient_accumulation_steps)
+    schedule = MicroBatches(*sizes, *split, state.seed, state.step, args.max_train_steps)
+    with stage(args, accelerator, "Training"), StopSignals() as signals:
+        if state.step == 0:
+            validate(run)
+        train(run, schedule, signals)
+    with stage(args, accelerator, "Saving the result"):
+        dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
+        save_results(args, accelerator, trained, dtype)
     accelerator.free_memory()
-    return max(first_step, args.max_train_steps)
 
 
-def resolve_steps(args: argparse.Namespace, accelerator: Accelerator, examples: int) -> None:
+def resolve_steps(args: Namespace, accelerator: Accelerator, examples: int) -> None:
     """Fill in what follows from the data and the processes: `--max_train_steps`, and `--scale_lr`'s rate."""
     per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps_per_epoch = math.ceil(examples / per_step)
@@ -1644,44 +2016,44 @@ def resolve_steps(args: argparse.Namespace, accelerator: Accelerator, examples: 
     )
 
 
-def main(args: argparse.Namespace) -> None:
-    """The story: pictures, prompts, latents, transformer, training, result, final pictures, card, Hub."""
-    accelerator = make_accelerator(args)
-    instance_pictures = (
-        pictures_in_dataset(args)
-        if args.dataset_name
-        else pictures_in_folder("--instance_data_dir", args.instance_data_dir, args.instance_prompt)
-    )
-    check_pictures(instance_pictures, args.resolution)
-    checkpoint = find_checkpoint(args)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    repo_id = Path(args.output_dir).resolve().name
-    if args.push_to_hub:
-        repo_id = create_repository(args)
-    seed = choose_seed(args, checkpoint)
-
+def prepare_dataset(
+    args: Namespace, accelerator: Accelerator, pictures: dict[str, list[Picture]], seed: int
+) -> DreamBoothDataset:
+    """The examples, after the class pictures that are missing were drawn."""
     class_pictures: list[Picture] = []
     if args.with_prior_preservation:
-        with stage(accelerator, "Generating class pictures"):
-            generate_class_pictures(args, accelerator)
+        if len(pictures.get("class", [])) < args.num_class_images:
+            with stage(args, accelerator, "Generating class pictures"):
+                generate_class_pictures(args, accelerator, seed)
         class_pictures = pictures_in_folder("--class_data_dir", args.class_data_dir, args.class_prompt)
-        class_pictures = class_pictures[: args.num_class_images]
-    dataset = DreamBoothDataset(instance_pictures, class_pictures, args, seed)
+    return DreamBoothDataset(pictures["instance"], class_pictures[: args.num_class_images], args, seed)
+
+
+def main(args: Namespace) -> None:
+    """The story: pictures, prompts, latents, transformer, training, result, final pictures, card, Hub."""
+    accelerator = make_accelerator(args)
+    pictures, resumed, repo_id = begin(args, accelerator)
+    state = start_state(args, resumed)
+    dataset = prepare_dataset(args, accelerator, pictures, state.seed)
     resolve_steps(args, accelerator, len(dataset))
+    if state.step >= args.max_train_steps and has_results(args):
+        logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
+        return
     accelerator.init_trackers(
         "dreambooth-flux",
         config={name: "" if value is None else value for name, value in settings(args).items()},
     )
 
-    data = prepare_data(args, accelerator, dataset)
-    steps = fit(args, accelerator, data, checkpoint, seed)
+    validation_pictures = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
+    data = prepare_data(args, accelerator, dataset, validation_pictures)
+    fit(args, accelerator, data, resumed, state)
     if args.validation_prompt:
         embeds = data.prompts[args.validation_prompt]
-        del data
-        with stage(accelerator, "Drawing the final pictures"):
-            draw_final_pictures(args, accelerator, embeds, seed, weight_dtype(accelerator), steps)
+        del data  # and with it the VAE: what was saved brings its own
+        with stage(args, accelerator, "Drawing the final pictures"):
+            draw_final_pictures(args, accelerator, embeds, state, weight_dtype(accelerator))
     if accelerator.is_main_process:
-        write_model_card(args, repo_id, steps, seed)
+        write_model_card(args, repo_id, state)
         if args.push_to_hub:
             push_to_hub(args, repo_id)
     accelerator.end_training()
@@ -1691,6 +2063,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except UsageError as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (UsageError, RunError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None

@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
+        return f"http://127.0.0.1:{self.server.server_address[1]}"  # type: ignore[index]
 
     def who_am_i(self, _: bytes) -> None:
         access = {"accessToken": {"role": "write", "displayName": "test"}}

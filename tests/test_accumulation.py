@@ -1,4 +1,4 @@
-"""Micro-batches of a step are one batch: same weights, same logged loss; class pictures keep their prompt and weight."""
+"""Micro-batches of a step are one batch: same weights, same logged loss; class pictures keep prompt and weight."""
 
 from collections.abc import Iterator
 from pathlib import Path

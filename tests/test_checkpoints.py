@@ -59,7 +59,8 @@ def test_a_checkpoint_is_found_as_latest_by_name_and_by_path(script: ModuleType,
     base = ["--pretrained_model_name_or_path=x", "--instance_prompt=x", "--instance_data_dir=x"]
     for given, step in (("latest", 4), ("checkpoint-2", 2), (str(output / "checkpoint-2"), 2)):
         args = script.parse_args([*base, f"--output_dir={output}", f"--resume_from_checkpoint={given}"])
-        assert script.find_checkpoint(args) == output / f"checkpoint-{step}"
+        found, facts = script.find_checkpoint(args)
+        assert found == output / f"checkpoint-{step}" and facts["state"]["step"] == step
 
 
 def test_a_checkpoint_that_does_not_exist_is_an_error_that_lists_those_that_do(script: ModuleType, run: Run) -> None:
@@ -97,7 +98,7 @@ def test_without_a_seed_one_is_drawn_and_a_resumed_run_keeps_it(
 ) -> None:
     base_flags.remove("--seed=0")
     output = run(script, "--checkpointing_steps=1")
-    args = script.parse_args([*base_flags])
-    state = script.json.loads((output / "checkpoint-1" / script.STATE_FILE).read_text())
-    assert state["args"]["seed"] is None
-    assert script.choose_seed(args, output / "checkpoint-1") == state["seed"]
+    args = script.parse_args([*base_flags, "--resume_from_checkpoint=latest"])
+    path, facts = script.find_checkpoint(args)
+    assert path == output / "checkpoint-2" and facts["args"]["seed"] is None
+    assert script.start_state(args, (path, facts)) == script.RunState(2, facts["state"]["seed"])

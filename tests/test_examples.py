@@ -1,4 +1,4 @@
-"""From pictures to the inputs of a step: who trains what when, and every prompt with its own picture, however shuffled."""
+"""From pictures to the inputs of a step: who trains what and when, and every prompt with its own picture."""
 
 import argparse
 import functools
@@ -24,6 +24,9 @@ from torch.utils.data import DataLoader
 
 SPLITS = [(1, 1, 1), (4, 1, 1), (2, 3, 1), (1, 4, 2), (2, 1, 3), (3, 2, 2), (8, 1, 2)]  # batch, accumulation, processes
 SHIFT, SCALE = 0.25, 0.5
+COLOURS = [
+    (code // 36 * 51, code // 6 % 6 * 51, code % 6 * 51) for code in np.random.default_rng(0).permutation(216).tolist()
+]
 Step = list[list[list[Any]]]  # a step's keys: by process, by micro-batch
 
 
@@ -186,11 +189,6 @@ def test_the_shuffle_is_the_seeds(script: ModuleType) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def colours(count: int, seed: int) -> list[tuple[int, int, int]]:
-    drawn = np.random.default_rng(seed).permutation(6**3)[:count]
-    return [(int(place) // 36 * 51, int(place) // 6 % 6 * 51, int(place) % 6 * 51) for place in drawn]
-
-
 def save_plain(folder: Path, colour: tuple[int, int, int]) -> Path:
     """A picture of one colour, its sides drawn from the colour."""
     folder.mkdir(exist_ok=True)
@@ -199,15 +197,13 @@ def save_plain(folder: Path, colour: tuple[int, int, int]) -> Path:
     return path
 
 
-def plain_pictures(script: ModuleType, folder: Path, count: int, words: str) -> list[Any]:
-    """Pictures of one colour each, whose prompts are `words` and the colour. Folders of different names differ."""
-    found = []
-    for colour in colours(count, seed=len(folder.name)):
-        path = save_plain(folder, colour)
-        found.append(
-            script.Picture(path.name, functools.partial(Image.open, path), "{} {} {} {}".format(words, *colour))
-        )
-    return found
+def plain_pictures(script: ModuleType, folder: Path, colours: list[tuple[int, int, int]], words: str) -> list[Any]:
+    """Pictures of one colour each, whose prompts are `words` and the colour."""
+    files = {colour: save_plain(folder, colour) for colour in colours}
+    return [
+        script.Picture(file.name, functools.partial(Image.open, file), "{} {} {} {}".format(words, *colour))
+        for colour, file in files.items()
+    ]
 
 
 def named_colour(prompt: str) -> list[int]:
@@ -240,8 +236,8 @@ def pairs(
 def test_every_prompt_stays_with_its_picture(
     script: ModuleType, tmp_path: Path, split: tuple[int, int, int], repeats: int, workers: int
 ) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", 5, "a sks dog")
-    classes = plain_pictures(script, tmp_path / "others", 4, "a dog")
+    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:5], "a sks dog")
+    classes = plain_pictures(script, tmp_path / "others", COLOURS[-4:], "a dog")
     args = flags(script, f"--repeats={repeats}", "--random_flip")
     dataset = script.DreamBoothDataset(instance, classes, args, 0)
     counts: Counter[str] = Counter()
@@ -256,8 +252,8 @@ def test_every_prompt_stays_with_its_picture(
 
 
 def test_a_batch_holds_the_instance_pictures_and_then_the_class_pictures(script: ModuleType, tmp_path: Path) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", 5, "a sks dog")
-    classes = plain_pictures(script, tmp_path / "others", 3, "a dog")
+    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:5], "a sks dog")
+    classes = plain_pictures(script, tmp_path / "others", COLOURS[-3:], "a dog")
     dataset = script.DreamBoothDataset(instance, classes, flags(script), 0)
     for batch in pairs(script, dataset, (2, 1, 1)):
         examples = [key.example for key in batch["keys"]]
@@ -273,8 +269,8 @@ def test_a_batch_holds_the_instance_pictures_and_then_the_class_pictures(script:
 def test_the_larger_half_is_the_epoch_and_the_smaller_is_spread_over_it(
     script: ModuleType, tmp_path: Path, instances: int, classes: int
 ) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", instances, "a sks dog")
-    prior = plain_pictures(script, tmp_path / "others", classes, "a dog")
+    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:instances], "a sks dog")
+    prior = plain_pictures(script, tmp_path / "others", COLOURS[-classes:], "a dog")
     dataset = script.DreamBoothDataset(instance, prior, flags(script), 0)
     counts = Counter(prompt for batch in pairs(script, dataset, (1, 1, 1), epochs=1) for prompt in batch["prompts"])
     for half in (instance, prior):
@@ -285,7 +281,7 @@ def test_the_larger_half_is_the_epoch_and_the_smaller_is_spread_over_it(
 
 
 def test_prompts_are_listed_once(script: ModuleType, tmp_path: Path) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", 3, "a sks dog")
+    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:3], "a sks dog")
     classes = [script.Picture(str(place), Image.new, "a dog") for place in range(3)]
     dataset = script.DreamBoothDataset(instance, classes, flags(script, "--repeats=4"), 0)
     assert dataset.prompts == [*(picture.prompt for picture in instance), "a dog"]
@@ -301,8 +297,8 @@ def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def test_every_prompt_stays_with_its_cached_latents(
     script: ModuleType, tmp_path: Path, vae: AutoencoderKL, repeats: int
 ) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", 5, "a sks dog")
-    classes = plain_pictures(script, tmp_path / "others", 4, "a dog")
+    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:5], "a sks dog")
+    classes = plain_pictures(script, tmp_path / "others", COLOURS[-4:], "a dog")
     dataset = script.DreamBoothDataset(instance, classes, flags(script, f"--repeats={repeats}"), 0)
     script.cache_latents(Accelerator(), vae, dataset)
     of_prompt = {}
@@ -332,8 +328,8 @@ def test_cached_latents_are_the_posterior_of_the_pixels(script: ModuleType, pict
 def test_processes_share_the_encoding_and_end_with_the_same_cache(
     script: ModuleType, tmp_path: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", 4, "a sks dog")
-    classes = plain_pictures(script, tmp_path / "others", 3, "a dog")
+    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:4], "a sks dog")
+    classes = plain_pictures(script, tmp_path / "others", COLOURS[-3:], "a dog")
     alone, *together = (script.DreamBoothDataset(instance, classes, flags(script), 0) for _ in range(1 + processes))
     script.cache_latents(Accelerator(), vae, alone)
     monkeypatch.setattr(script, "gather_dicts", lambda mine: mine)  # what a process would give to the others
@@ -498,8 +494,8 @@ def step_inputs(
 @pytest.fixture
 def cached(script: ModuleType, tmp_path: Path) -> Any:
     """Five instance and three class pictures whose latents are their prompts' numbers."""
-    instance = plain_pictures(script, tmp_path / "dogs", 5, "a sks dog")
-    classes = plain_pictures(script, tmp_path / "others", 3, "a dog")
+    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:5], "a sks dog")
+    classes = plain_pictures(script, tmp_path / "others", COLOURS[-3:], "a dog")
     dataset = script.DreamBoothDataset(instance, classes, flags(script), 0)
     cache_numbers(script, dataset, deviation=0.0)
     return dataset
@@ -518,7 +514,9 @@ def test_latents_embeddings_and_pooled_vectors_of_a_step_belong_together(script:
 def test_pictures_are_encoded_at_each_step_without_a_cache(
     script: ModuleType, tmp_path: Path, vae: AutoencoderKL
 ) -> None:
-    dataset = script.DreamBoothDataset(plain_pictures(script, tmp_path / "dogs", 3, "a sks dog"), [], flags(script), 0)
+    dataset = script.DreamBoothDataset(
+        plain_pictures(script, tmp_path / "dogs", COLOURS[:3], "a sks dog"), [], flags(script), 0
+    )
     (batch,) = pairs(script, dataset, (3, 1, 1), epochs=1)
     live = step_inputs(script, dataset, batch, vae=vae)
     script.cache_latents(Accelerator(), vae, dataset)
@@ -596,7 +594,7 @@ def image_folder(tmp_path: Path) -> Path:
     """Six pictures of one colour each, whose captions in metadata.jsonl name it, in another order than the files'."""
     folder = tmp_path / "captioned"
     lines = []
-    for colour in colours(6, seed=1):
+    for colour in COLOURS[:6]:
         path = save_plain(folder, colour)
         lines.append(json.dumps({"file_name": path.name, "text": "a sks dog {} {} {}".format(*colour)}))
     (folder / "metadata.jsonl").write_text("\n".join(sorted(lines, reverse=True)) + "\n")
@@ -606,7 +604,7 @@ def image_folder(tmp_path: Path) -> Path:
 def test_captions_of_an_image_folder_stay_with_their_pictures(script: ModuleType, image_folder: Path) -> None:
     args = flags(script, f"--dataset_name={image_folder}", "--caption_column=text", "--repeats=2")
     found = script.pictures_in_dataset(args)
-    assert sorted(named_colour(picture.prompt) for picture in found) == sorted(map(list, colours(6, seed=1)))
+    assert sorted(named_colour(picture.prompt) for picture in found) == sorted(map(list, COLOURS[:6]))
     dataset = script.DreamBoothDataset(found, [], args, 0)
     seen = []
     for batch in pairs(script, dataset, (2, 1, 2), workers=2):
@@ -631,11 +629,11 @@ def write_table(folder: Path, photos: list[Any], words: list[Any]) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> list[str]:
-    return [str(save_plain(tmp_path / "plain", colour)) for colour in colours(4, seed=2)]
+    return [str(save_plain(tmp_path / "plain", colour)) for colour in COLOURS[:4]]
 
 
 def test_columns_of_other_names_are_read(script: ModuleType, tmp_path: Path, photos: list[str]) -> None:
-    words = ["{} {} {}".format(*colour) for colour in colours(4, seed=2)]
+    words = ["{} {} {}".format(*colour) for colour in COLOURS[:4]]
     table = write_table(tmp_path / "table", photos, words)
     columns = ("--image_column=photo", "--caption_column=words")
     found = script.pictures_in_dataset(flags(script, f"--dataset_name={table}", *columns))

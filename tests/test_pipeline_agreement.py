@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
+from conftest import Run
+
 SIDES = (6, 4)  # of latents: height and width
 PIXELS = {"height": 48, "width": 32}
 PROMPTS = ["a photo of sks dog", "a cat", " ".join(["a prompt that both encoders have to cut off"] * 20)]
@@ -165,11 +167,17 @@ def test_latents_are_a_draw_from_the_posterior_shifted_and_scaled_as_the_vae_say
 
 
 def test_a_run_scales_latents_by_the_vaes_numbers(
-    script: ModuleType, args: argparse.Namespace, accelerator: Accelerator
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures = script.pictures_in_folder("--instance_data_dir", args.instance_data_dir, args.instance_prompt)
-    data = script.prepare_data(args, accelerator, script.DreamBoothDataset(pictures, [], args, 0))
-    assert (data.shift_factor, data.scaling_factor) == (0.1159, 0.3611)
+    numbers, sample_latents = list[tuple[float, ...]](), script.sample_latents
+
+    def record(distribution: Any, noise: Tensor, *factors: float) -> Tensor:
+        numbers.append(factors)
+        return sample_latents(distribution, noise, *factors)
+
+    monkeypatch.setattr(script, "sample_latents", record)
+    run(script)
+    assert numbers == [(0.1159, 0.3611)] * 2
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,55 @@
+"""Run a training script and record what it does; test_processes.py launches this on two processes.
+
+accelerate launch ... tests/record_run.py FOLDER train_dreambooth_lora_flux [the script's flags]
+
+Each process writes FOLDER/<rank>.json.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+
+def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
+    """Run a script's main, and return what it did.
+
+    Returns:
+        "rank" and "processes"; "micro_batches": of each its keys, sigmas, and a number that tells noise and latents
+        from others; "logged": the values of each step; "weights": the sum of each trained weight at the end.
+    """
+    record: dict[str, Any] = {"micro_batches": [], "logged": []}
+    collate, training_loss, save_results = script.collate, script.training_loss, script.save_results
+
+    def record_keys(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        record["micro_batches"].append({"keys": [example["key"]._asdict() for example in examples]})
+        batch: dict[str, Any] = collate(examples)
+        return batch
+
+    def record_inputs(transformer: Any, **inputs: Any) -> Any:
+        numbers = {name: inputs[name].flatten(1).sum(1).tolist() for name in ("noise", "latents")}
+        record["micro_batches"][-1].update(numbers, sigmas=inputs["sigmas"].tolist())
+        return training_loss(transformer, **inputs)
+
+    def record_result(args: Any, accelerator: Any, trained: Any, dtype: Any) -> None:
+        record["rank"], record["processes"] = accelerator.process_index, accelerator.num_processes
+        record["weights"] = [parameter.detach().double().sum().item() for parameter in trained.parameters]
+        save_results(args, accelerator, trained, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "collate", record_keys)
+        patch.setattr(script, "training_loss", record_inputs)
+        patch.setattr(script, "save_results", record_result)
+        patch.setattr(Accelerator, "log", lambda self, values, *_, **__: record["logged"].append(values))
+        script.main(script.parse_args(argv))
+    return record
+
+
+if __name__ == "__main__":
+    record = record_run(importlib.import_module(sys.argv[2]), sys.argv[3:])
+    Path(sys.argv[1], f"{record['rank']}.json").write_text(json.dumps(record))
