@@ -95,6 +95,7 @@ logger = logging.getLogger(__name__)
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".avif"}
 PIXELS_PER_TOKEN = 16  # the VAE shrinks by 8, packing by 2: a side must be a multiple of this
 GIB = 1024**3
+LAUNCHER = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by `accelerate launch`
 VALIDATION_SIGMAS = 8  # noise levels of the validation loss
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 SCHEDULES = [kind.value for kind in SchedulerType]
@@ -1642,7 +1643,6 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.parent = os.getppid()
 
     def __enter__(self) -> "StopSignals":
         wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -1660,7 +1660,7 @@ class StopSignals:
 
     def pending(self) -> int:
         """The number of the signal that asks to stop, or 0."""
-        if self.received is None and os.getppid() != self.parent:
+        if self.received is None and LAUNCHER not in (None, os.getppid()):
             self.received = signal.SIGTERM
         return 0 if self.received is None else int(self.received)
 
@@ -1777,8 +1777,8 @@ def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) ->
     """
     if not math.isfinite(loss):
         raise RunError(
-            f"the loss is {loss} at step {run.state.step}. Likely causes: --learning_rate too high, overflow in "
-            "fp16 (use bf16), or broken weights. The checkpoints written so far are good: resume from the last with other flags"
+            f"the loss is {loss} at step {run.state.step}. Likely causes: --learning_rate too high, an fp16 overflow, "
+            "or broken weights. Checkpoints written so far are good: resume from the last one with other flags"
         )
     values = {"loss": loss, "lr": run.trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
     if grad_norm is not None:
@@ -1838,7 +1838,7 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
         total[1] = signals.pending()
         step_loss, stop = accelerator.reduce(total, reduction="sum").tolist()
         values = log_step(run, step_loss, grad_norm, time.perf_counter() - start)
-        progress.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
+        progress.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}", refresh=False)
         progress.update()
         if stop or state.step % args.checkpointing_steps == 0:
             save_checkpoint(run)
@@ -2119,4 +2119,5 @@ if __name__ == "__main__":
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:
+        print(f"{Path(__file__).name}: interrupted before the training began", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

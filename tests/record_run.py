@@ -1,8 +1,8 @@
-"""Run a training script and record what it does; test_processes.py launches this on two processes.
+"""Run training scripts and record what they do; test_processes.py launches this on two processes.
 
-accelerate launch ... tests/record_run.py FOLDER train_dreambooth_lora_flux [the script's flags]
+accelerate launch ... tests/record_run.py JOBS.json
 
-Each process writes FOLDER/<rank>.json.
+JOBS.json maps folders to lists, each of a script's name and its flags. Each process writes <folder>/<rank>.json.
 """
 
 import importlib
@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 
 def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
-    """Run a script's main, and return what it did.
+    """Run a script's main with a fresh accelerate, and return what it did.
 
     Returns:
         "rank" and "processes"; "micro_batches": of each its keys, sigmas, and a number that tells noise and latents
@@ -41,6 +42,8 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
         record["weights"] = [parameter.detach().double().sum().item() for parameter in trained.parameters]
         save_results(args, accelerator, trained, dtype)
 
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "collate", record_keys)
         patch.setattr(script, "training_loss", record_inputs)
@@ -51,5 +54,8 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    record = record_run(importlib.import_module(sys.argv[2]), sys.argv[3:])
-    Path(sys.argv[1], f"{record['rank']}.json").write_text(json.dumps(record))
+    # All jobs share one process group: the next one's processes would meet while the last one's are still leaving.
+    PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
+    for folder, (name, *argv) in json.loads(Path(sys.argv[1]).read_text()).items():
+        record = record_run(importlib.import_module(name), argv)
+        Path(folder, f"{record['rank']}.json").write_text(json.dumps(record))

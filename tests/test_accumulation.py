@@ -128,6 +128,22 @@ def test_with_prior_preservation_the_loss_is_the_instance_mean_plus_the_weighted
         assert values["loss"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_every_picture_draws_its_own_noise_and_sigma_anew_in_every_epoch(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, prior_flags: list[str]
+) -> None:
+    noise, sigmas, training_loss = list[float](), list[float](), script.training_loss
+
+    def record(transformer: Any, **inputs: Any) -> Tensor:
+        noise.extend(inputs["noise"].flatten(1).sum(1).tolist())
+        sigmas.extend(inputs["sigmas"].tolist())
+        return training_loss(transformer, **inputs)
+
+    monkeypatch.setattr(script, "training_loss", record)
+    run(script, *prior_flags, "--train_batch_size=2", "--max_train_steps=6")
+    assert len(set(noise)) == 2 * 5 * 2  # halves, examples, epochs
+    assert len(set(sigmas)) > 15  # of a thousand, so that two may be the same by chance
+
+
 def means_of_plain_pictures(checkpoint: Path) -> Iterator[Tensor]:
     """The VAE's latents of a white picture, the subject, and of a black one, the class."""
     vae = AutoencoderKL.from_pretrained(checkpoint, subfolder="vae")

@@ -147,6 +147,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("--caption_column=text", ["--caption_column", "--dataset_name"]),
     ("--with_prior_preservation --class_prompt=dog", ["--with_prior_preservation", "--class_data_dir"]),
     ("--with_prior_preservation --class_data_dir=pets", ["--with_prior_preservation", "--class_prompt"]),
+    ("--validation_data_dir=held-out", ["--validation_data_dir", "--validation_loss"]),
     ("--optimizer=sgd", ["--optimizer", "sgd", "AdamW", "prodigy"]),
     ("--lr_scheduler=piecewise_constant", ["--lr_scheduler=piecewise_constant", "--lr_step_rules"]),
     ("--lr_scheduler=piecewise_constant --lr_step_rules=1:ten,0.1", ["--lr_step_rules", "1:ten,0.1"]),
@@ -385,8 +386,10 @@ WRONG_FOLDER = ([*BASE, "--report_to=none"], 2, "error: --instance_data_dir is '
     ],
     ids=["full help", "full wrong flag", "lora help", "lora wrong flag", "lora wrong folder"],
 )
-def test_a_real_process_answers_at_once(tmp_path: Path, name: str, flags: list[str], code: int, told: str) -> None:
-    command = [sys.executable, str(ROOT / name), *flags]
+def test_a_real_process_answers_at_once(
+    tmp_path: Path, tiny_flux: Path, name: str, flags: list[str], code: int, told: str
+) -> None:
+    command = [sys.executable, str(ROOT / name), *flags, f"--pretrained_model_name_or_path={tiny_flux}"]
     with processor_seconds() as seconds:
         ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert ended.returncode == code

@@ -485,10 +485,10 @@ def step_inputs(
     }
     transformer = nn.Identity()
     transformer.config = SimpleNamespace(guidance_embeds=True)
-    data = script.TrainingData(dataset, prompts, vae, SHIFT, SCALE)
+    data = script.TrainingData(dataset, prompts, vae, SHIFT, SCALE, validation=[], facts={})
     models = script.Trained(transformer, None, None, None)
-    table = torch.linspace(1, 0.001, 1000)
-    return script.prepare_inputs(flags(script), Accelerator(), data, models, batch, table, seed)
+    run = script.Run(flags(script), Accelerator(), data, models, script.RunState(0, seed))
+    return script.prepare_inputs(run, batch, torch.linspace(1, 0.001, 1000))
 
 
 @pytest.fixture

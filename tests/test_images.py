@@ -334,12 +334,19 @@ def test_a_picture_with_a_broken_orientation_is_named(script: ModuleType, tmp_pa
         script.check_pictures(read_folder(script, tmp_path), 32)
 
 
-def test_broken_class_pictures_are_named_before_training(script: ModuleType, run: Run, with_broken_files: Path) -> None:
-    (with_broken_files / "text.png").unlink()
-    (with_broken_files / "empty.webp").unlink()
-    flags = [f"--class_data_dir={with_broken_files}", "--class_prompt=a dog", "--num_class_images=3"]
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--with_prior_preservation --class_prompt=dog --num_class_images=3 --class_data_dir=",
+        "--validation_loss --validation_data_dir=",
+    ],
+    ids=["class pictures", "held-out pictures"],
+)
+def test_other_broken_pictures_are_named_before_training(
+    script: ModuleType, run: Run, with_broken_files: Path, flags: str
+) -> None:
     with pytest.raises(script.UsageError, match=r"cut\.jpg(.|\n)*cut\.png"):
-        run(script, "--with_prior_preservation", *flags)
+        run(script, *f"{flags}{with_broken_files}".split())
 
 
 def test_good_pictures_pass_without_a_word(

@@ -161,6 +161,25 @@ def test_validation_leaves_the_live_model_as_it_is(
     assert len(validations) >= 2
 
 
+def test_the_validation_loss_does_not_depend_on_chance(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, validation_loss = list[tuple[float, float]](), script.validation_loss
+
+    def compute_twice(*args: Any) -> float:
+        torch.manual_seed(1)
+        first: float = validation_loss(*args)
+        torch.manual_seed(2)
+        pairs.append((first, validation_loss(*args)))
+        return first
+
+    monkeypatch.setattr(script, "validation_loss", compute_twice)
+    flags = ["--lora_dropout=0.5"] if "lora" in script.__name__ else []
+    run(script, *flags, "--train_text_encoder", "--text_encoder_lr=0.1", "--validation_loss", "--train_batch_size=5")
+    assert [first for first, _ in pairs] == [second for _, second in pairs]
+    assert len({first for first, _ in pairs}) == 2  # before any training, and after the first epoch
+
+
 @pytest.fixture
 def counted_garbage() -> Iterator[None]:
     """Only what the scripts collect on purpose is collected, so that what dies does not die by chance."""

@@ -1,5 +1,6 @@
 """Two real processes train what one process trains on larger batches, and do not do the same work twice."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import SCRIPTS, reset_accelerate
+from conftest import SCRIPTS
 from tests.record_run import record_run
 
 ROOT = Path(__file__).parent.parent
@@ -25,12 +26,12 @@ COMMON = [
     "--report_to=none", "--max_train_steps=4", "--checkpointing_steps=4", "--upcast_before_saving",
     "--learning_rate=0.01", "--text_encoder_lr=0.01", "--adam_epsilon=0.1", "--max_grad_norm=0",
 ]  # fmt: skip
-# Name: flags, and the micro-batches of a step on two processes, where a batch has one picture.
-CASES: dict[str, tuple[list[str], int]] = {
+# Each script as it is, and with two micro-batches a step, cached latents and CLIP trained.
+KINDS: dict[str, tuple[list[str], int]] = {
     "plain": ([], 1),
     "accumulated": (["--cache_latents", "--train_text_encoder"], 2),
 }
-EXAMPLES = {1: 2 + 2 + 1 + 2, 2: 4 + 1 + 4 + 1}  # in four steps, by micro-batches of a step
+EXAMPLES = {1: 2 + 2 + 1 + 2, 2: 4 + 1 + 4 + 1}  # in four steps on two processes, by micro-batches of a step
 
 
 @dataclass
@@ -43,60 +44,64 @@ class Trained:
     @property
     def weights(self) -> Tensor:
         """All weights that were saved, LoRA or whole models, one after the other."""
-        files = [self.folder / "pytorch_lora_weights.safetensors"]
-        files += [
-            file for name in ("transformer", "text_encoder") for file in (self.folder / name).glob("*.safetensors")
-        ]
-        state = {
-            (file.parent.name, name): value
-            for file in files
-            if file.exists()
-            for name, value in load_file(file).items()
-        }
-        return torch.cat([state[name].double().flatten() for name in sorted(state)])
+        files = [*self.folder.glob("*.safetensors"), *self.folder.glob("transformer/*.safetensors")]
+        files += self.folder.glob("text_encoder/*.safetensors")
+        states = [load_file(file) for file in sorted(files)]
+        return torch.cat([state[name].double().flatten() for state in states for name in sorted(state)])
 
 
 @dataclass
 class Case:
-    """A script, its flags, and a run of it on two processes."""
+    """A script and flags, with which it was run on two processes."""
 
     script: ModuleType
     flags: list[str]
     folder: Path
     micro_batches: int
-    two_processes: Trained
 
-    def run(self, name: str, batch_size: int, accumulation: int, *flags: str) -> Trained:
-        """The same run on one process, split otherwise."""
-        reset_accelerate()
-        split = [f"--train_batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
-        output = self.folder / name
-        return Trained([record_run(self.script, [*self.flags, *split, f"--output_dir={output}", *flags])], output)
+    @property
+    def two_processes(self) -> Trained:
+        return Trained(
+            [json.loads((self.folder / f"{rank}.json").read_text()) for rank in range(2)], self.folder / "two"
+        )
+
+    def argv(self, name: str, batch_size: int, micro_batches: int, *flags: str) -> list[str]:
+        split = [f"--train_batch_size={batch_size}", f"--gradient_accumulation_steps={micro_batches}"]
+        return [*self.flags, *split, f"--output_dir={self.folder / name}", *flags]
+
+    def run(self, name: str, batch_size: int, micro_batches: int, *flags: str) -> Trained:
+        """The same on one process, split otherwise."""
+        argv = self.argv(name, batch_size, micro_batches, *flags)
+        return Trained([record_run(self.script, argv)], self.folder / name)
 
 
-def launch(script: ModuleType, flags: list[str], folder: Path, micro_batches: int) -> Trained:
-    output = folder / "two_processes"
+@pytest.fixture(scope="module")
+def cases(tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Case]:
+    """All cases, run on two processes by one launch: starting takes longer than training."""
+    found, common = {}, [f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", *COMMON]
+    for (name, script), (kind, (flags, micro_batches)) in itertools.product(SCRIPTS.items(), KINDS.items()):
+        folder = tmp_path_factory.mktemp(f"{name}-{kind}")
+        found[name, kind] = Case(script, [*common, *flags], folder, micro_batches)
+    home = tmp_path_factory.mktemp("launch")
+    jobs = {
+        str(case.folder): [case.script.__name__, *case.argv("two", 1, case.micro_batches)] for case in found.values()
+    }
+    (home / "jobs.json").write_text(json.dumps(jobs))
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
         "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
-        str(ROOT / "tests" / "record_run.py"), str(folder), script.__name__, *flags, "--train_batch_size=1",
-        f"--gradient_accumulation_steps={micro_batches}", f"--output_dir={output}",
+        str(ROOT / "tests" / "record_run.py"), str(home / "jobs.json"),
     ]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(home)}
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return Trained([json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)], output)
+    return found
 
 
-@pytest.fixture(scope="module", params=[(name, case) for name in SCRIPTS for case in CASES], ids="-".join)
-def case(
-    request: pytest.FixtureRequest, tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Case:
-    """Each script on two processes: as it is, and with accumulation, cached latents and CLIP trained."""
-    script, (flags, micro_batches) = SCRIPTS[request.param[0]], CASES[request.param[1]]
-    flags = [f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", *COMMON, *flags]
-    folder = tmp_path_factory.mktemp("processes")
-    return Case(script, flags, folder, micro_batches, launch(script, flags, folder, micro_batches))
+@pytest.fixture(params=itertools.product(SCRIPTS, KINDS), ids="-".join)
+def case(request: pytest.FixtureRequest, cases: dict[tuple[str, str], Case]) -> Case:
+    """Each case in turn."""
+    return cases[request.param]
 
 
 def trained_keys(record: dict[str, Any]) -> list[dict[str, Any]]:
