@@ -129,8 +129,8 @@ PICTURE_SIZES = [(96, 64), (64, 96), (80, 80), (128, 72), (60, 90)]  # (width, h
 def random_tensor(name: str, meta: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """A weight of `meta`'s shape: norms at one, biases at zero, the rest normal with variance 1 / fan-in.
 
-    The VAE's last encoder layer gives mean and log-variance; it is made so that, as in a trained VAE, the latents have a
-    deviation of about 1 after scaling and the posterior is narrow.
+    The VAE's last encoder layer gives mean and log-variance; it is made so that, as in a trained VAE, the latents have
+    a deviation of about 1 after scaling and the posterior is narrow.
     """
     if name.startswith("encoder.conv_out."):
         mean, log_variance = torch.zeros(meta.shape).chunk(2)

@@ -111,7 +111,7 @@ def test_lora_layers_chooses_what_is_trained(run: Run) -> None:
 
 
 def test_a_layer_that_does_not_exist_is_named(run: Run) -> None:
-    with pytest.raises(script.UsageError, match="--lora_layers is 'attn.to_z'"):
+    with pytest.raises(script.UsageError, match=r"--lora_layers is 'attn\.to_z'"):
         run(script, "--lora_layers=attn.to_z")
 
 

@@ -100,7 +100,7 @@ VALIDATION_SIGMAS = 8  # noise levels of the validation loss
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 SCHEDULES = [kind.value for kind in SchedulerType]
 WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = RESULT_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_TARGETS = [  # the attention and feed-forward layers of the double blocks, attention of the single blocks
     "attn.to_k",
     "attn.to_q",
@@ -1311,6 +1311,8 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
     """Draw the class pictures that are missing, at the training resolution, the processes sharing the work."""
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_leftovers(folder)
     missing = args.num_class_images - len(list_picture_files(folder))
     free = (number for number in range(2 * args.num_class_images) if not (folder / f"class_{number:05d}.png").exists())
     numbers = [next(free) for _ in range(missing)]
@@ -1497,10 +1499,6 @@ def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dt
     accelerator.wait_for_everyone()
 
 
-def has_results(args: Namespace) -> bool:
-    return (Path(args.output_dir) / LORA_FILE).is_file()
-
-
 def load_results(args: Namespace, dtype: torch.dtype) -> FluxPipeline:
     """The pipeline with what was saved, as a user would load it, but for T5, whose embeddings are at hand."""
     pipeline = FluxPipeline.from_pretrained(
@@ -1536,6 +1534,7 @@ def write_model_card(args: Namespace, repo_id: str, state: RunState) -> None:
     output = Path(args.output_dir)
     pictures = sorted(path.name for path in output.glob("image_*.png")) if args.validation_prompt else []
     base = args.pretrained_model_name_or_path
+    link = base if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
     kind, tags = "LoRA", ["lora", "template:sd-lora"]
     load = f'pipeline = FluxPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")\n'
     load += f'pipeline.load_lora_weights("{repo_id}", weight_name="{LORA_FILE}")'
@@ -1557,7 +1556,7 @@ def write_model_card(args: Namespace, repo_id: str, state: RunState) -> None:
     prompt = args.validation_prompt or args.instance_prompt
     body = f"""# {repo_id.split("/")[-1]}
 
-A DreamBooth {kind} of [{base}](https://huggingface.co/{base}), trained for {state.step} steps at {args.resolution} px.
+A DreamBooth {kind} of {link}, trained for {state.step} steps at {args.resolution} px.
 {text_encoder}.
 
 {"<Gallery />" if pictures else ""}
@@ -1940,7 +1939,6 @@ def make_output_folder(args: Namespace) -> str:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"--output_dir is {args.output_dir!r}, which cannot be written: {error}") from error
-    remove_leftovers(output)
     if not args.push_to_hub:
         return output.resolve().name
     try:
@@ -1963,6 +1961,8 @@ def begin(args: Namespace, accelerator: Accelerator) -> tuple[dict[str, list[Pic
             check_model(args)
         pictures = list_pictures(args)
         if accelerator.is_main_process:
+            if Path(args.output_dir).is_dir():
+                remove_leftovers(Path(args.output_dir))
             resumed = find_checkpoint(args)
             found = [make_output_folder(args), resumed]
     repo_id, resumed = accelerate.utils.broadcast_object_list(found)
@@ -2087,7 +2087,7 @@ def main(args: Namespace) -> None:
     state = start_state(args, resumed)
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)
     resolve_steps(args, accelerator, len(dataset))
-    if state.step >= args.max_train_steps and has_results(args):
+    if state.step >= args.max_train_steps and (Path(args.output_dir) / RESULT_FILE).is_file():
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         return
     accelerator.init_trackers(

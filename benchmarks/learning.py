@@ -2,8 +2,8 @@
 
     python -m benchmarks.learning
 
-The full script overfits one picture until FluxPipeline, starting from noise, gives that picture's latents back. The LoRA
-script lowers the loss, at fixed noise and sigmas, of pictures that it never saw.
+The full script overfits one picture until FluxPipeline, starting from noise, gives that picture's latents back. The
+LoRA script lowers the loss, at fixed noise and sigmas, of pictures that it never saw.
 """
 
 import argparse
@@ -152,9 +152,8 @@ def main() -> None:
         checkpoint = random_flux.write_checkpoint(folder / "tiny-flux")
         full, lora = overfit_one_picture(checkpoint, folder), train_lora(checkpoint, folder)
     draw(full, lora, args.picture)
-    print(
-        f"full: cosine {full[0].cosine:.3f} untrained, {full[-1].cosine:.3f} from the saved pipeline after {FULL_STEPS} steps"
-    )
+    saved = f"{full[-1].cosine:.3f} saved and loaded after {FULL_STEPS} steps"
+    print(f"full: cosine {full[0].cosine:.3f} untrained, {saved}")
     print(f"LoRA: held-out loss x {lora[-1].loss / lora[0].loss:.3f} after {lora[-1].step} steps")
 
 

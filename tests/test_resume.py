@@ -200,14 +200,14 @@ def launch(jobs: dict[Path, list[str]], folder: Path) -> None:
 def launched(
     tiny_flux: Path, pictures: Path, class_pictures: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, Path]]:
-    """For each script the folders of a run on two processes, and of one that new processes resumed from its second step."""
+    """Folders by script: of a run on two processes, and of one that new processes resumed from its second step."""
     folder = tmp_path_factory.mktemp("launched")
     flags = [
         f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", "--instance_prompt=a dog",
         "--resolution=32", "--max_sequence_length=16", "--seed=0", "--report_to=none", "--random_flip",
         "--train_batch_size=1", "--max_train_steps=4", "--checkpointing_steps=1", "--train_text_encoder",
         "--with_prior_preservation", "--class_prompt=a pet", f"--class_data_dir={class_pictures}",
-        "--num_class_images=3", "--dataloader_num_workers=1", "--text_encoder_lr=1e-3",
+        "--num_class_images=3", "--text_encoder_lr=1e-3",
     ]  # fmt: skip
     whole, resumed = ({kind: folder / f"{kind}-{part}" for kind in SCRIPTS} for part in ("whole", "resumed"))
     names = {kind: script.__name__ for kind, script in SCRIPTS.items()}

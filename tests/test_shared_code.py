@@ -16,7 +16,6 @@ DIFFERENT_ON_PURPOSE = {
     "load_text_encoder": "adapters on a frozen base, or every weight",
     "register_state_hooks": "a checkpoint holds adapters, or whole weights",
     "save_results": "one LoRA file, or a pipeline folder",
-    "has_results": "one LoRA file, or a pipeline folder",
     "load_results": "base and LoRA file, or the pipeline folder",
     "write_model_card": "the code that loads the result",
     "push_to_hub": "the files of the result",
@@ -25,6 +24,7 @@ DIFFERENT_ON_PURPOSE = {
 }
 ONLY_IN_ONE = {
     "LORA_FILE",
+    "RESULT_FILE",
     "TRANSFORMER_TARGETS",
     "TEXT_ENCODER_TARGETS",
     "TRANSFORMER_FILES",
