@@ -268,6 +268,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def range_problems(args: Namespace) -> Iterator[str]:
     """Numbers out of their range."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"--{name} is {value}; give a finite number"
     at_least = {
         "repeats": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
         "max_train_steps": 1, "num_class_images": 1, "sample_batch_size": 1, "validation_epochs": 1,
@@ -278,11 +281,11 @@ def range_problems(args: Namespace) -> Iterator[str]:
     }  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value >= least):
+        if value is not None and value < least:
             yield f"--{name} is {value}; give {least} or more"
     for name in ("adam_beta1", "adam_beta2", "prodigy_beta3"):
         value = getattr(args, name)
-        if value is not None and not 0 <= value < 1:
+        if value is not None and (value < 0 or value >= 1):
             yield f"--{name} is {value}; give a number from 0 to below 1"
     if args.max_sequence_length > 512:
         yield f"--max_sequence_length is {args.max_sequence_length}; FLUX.1 reads at most 512 tokens"
@@ -311,6 +314,8 @@ def contradictions(args: Namespace) -> Iterator[str]:
         yield f"--optimizer is {args.optimizer!r}; give AdamW or prodigy"
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
         yield "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'"
+    if args.lr_step_rules and not re.fullmatch(r"([\d.e-]+:\d+,)*[\d.e-]+", args.lr_step_rules):
+        yield f"--lr_step_rules is {args.lr_step_rules!r}; give factor:step,...,factor, such as '1:100,0.1:300,0.01'"
     if args.hub_model_id and args.hub_model_id.count("/") > 1:
         yield f"--hub_model_id is {args.hub_model_id!r}; give NAME or OWNER/NAME"
 
@@ -418,11 +423,14 @@ def pictures_in_folder(flag: str, folder: str, prompt: str) -> list[Picture]:
     files = list_picture_files(Path(folder))
     if not files:
         raise UsageError(f"{flag} is {folder!r}, which has no picture files ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    return [Picture(path.name, functools.partial(Image.open, path), prompt) for path in files]
+    return [Picture(f"{path.parent.name}/{path.name}", functools.partial(Image.open, path), prompt) for path in files]
 
 
 def open_row(dataset: Any, row: int, column: str) -> Image.Image:
-    return dataset[row][column]
+    image = dataset[row][column]
+    if image is None:
+        raise ValueError("the row has no picture")
+    return image
 
 
 def pictures_in_dataset(args: Namespace) -> list[Picture]:
@@ -458,6 +466,21 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
     ]
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as upright 8-bit RGB: EXIF orientation applied, 16 bits scaled to 8, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values, hidden = np.asarray(image).astype(np.float32), image.info.get("transparency")
+        white = 1.0 if values.max() <= 1 and image.mode == "F" else 255.0 if values.max() <= 255 else 65535.0
+        image = Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
+        if hidden is not None:  # the level that stands for transparency
+            image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def check_pictures(pictures: list[Picture], minimum_side: int) -> None:
     """Decode every picture once, before anything expensive.
 
@@ -468,7 +491,7 @@ def check_pictures(pictures: list[Picture], minimum_side: int) -> None:
     for picture in tqdm(pictures, desc="Checking pictures", unit="picture", leave=False, delay=2):
         try:
             with picture.open() as image:
-                image.load()
+                to_rgb(image)
                 if min(image.size) < minimum_side:
                     small.append(f"{picture.name} ({image.width}x{image.height})")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -477,19 +500,6 @@ def check_pictures(pictures: list[Picture], minimum_side: int) -> None:
         raise UsageError("pictures that cannot be read; replace or remove them:\n  " + "\n  ".join(broken))
     if small:
         logger.warning(f"Enlarged to --resolution={minimum_side}: {', '.join(small)}")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as upright 8-bit RGB: EXIF orientation applied, 16 bits scaled to 8, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float32)
-        white = 1.0 if values.max() <= 1 and image.mode == "F" else 255.0 if values.max() <= 255 else 65535.0
-        image = Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 class View(NamedTuple):

@@ -70,8 +70,10 @@ def test_defaults_are_those_of_the_list(script: ModuleType) -> None:
 
 
 def test_values_are_read_as_the_type_of_the_list(script: ModuleType) -> None:
-    values = {"int": ("7", 7), "float": ("0.25", 0.25), "str": ("some words", "some words")}
-    got, wanted = {}, {}
+    values: dict[str, tuple[str, Any]] = {"int": ("7", 7), "float": ("0.25", 0.25), "str": ("some words", "some words")}
+    got: dict[str, Any] = {}
+    wanted: dict[str, Any] = {}
+    value: Any
     for row in rows(script):
         flag = row["flag"]
         if row.get("action") == "store_true":

@@ -442,12 +442,12 @@ def test_with_cached_latents_the_crop_is_drawn_once(
 def test_with_cached_latents_repeats_have_crops_and_flips_of_their_own(
     script: ModuleType, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = flags(script, "--cache_latents", "--repeats=40", "--random_flip")
+    args = flags(script, "--cache_latents", "--repeats=24", "--random_flip")
     dataset = script.DreamBoothDataset([striped(script)], [], args, 0)
     calls = encodings(monkeypatch, script)
     script.cache_latents(Accelerator(), vae, dataset)
     seen = [view_of(pixels[0]) for pixels in calls]
-    assert len(seen) == len(set(seen)) > 20
+    assert len(seen) == len(set(seen)) > 12
     assert {flip for _, flip in seen} == {False, True}
     assert len({mean.numpy().tobytes() for mean, _ in dataset.cached.values()}) == len(seen)
 
@@ -483,7 +483,7 @@ def step_inputs(
         )
         for prompt in dataset.prompts
     }
-    transformer = nn.Identity()
+    transformer: Any = nn.Identity()
     transformer.config = SimpleNamespace(guidance_embeds=True)
     data = script.TrainingData(dataset, prompts, vae, SHIFT, SCALE, validation=[], facts={})
     models = script.Trained(transformer, None, None, None)

@@ -1,6 +1,7 @@
 """Which files are pictures, how each kind becomes upright RGB, and what of it is trained on."""
 
 import argparse
+import itertools
 import logging
 import math
 from collections import Counter
@@ -34,7 +35,7 @@ def on_white(colours: Pixels, alpha: Pixels) -> NDArray[np.float64]:
     return colours * share + 255 * (1 - share)
 
 
-def reopened(image: Image.Image, path: Path, **options: object) -> Image.Image:
+def reopened(image: Image.Image, path: Path, **options: Any) -> Image.Image:
     image.save(path, **options)
     return Image.open(path)
 
@@ -52,10 +53,10 @@ def test_only_picture_files_of_the_folder_itself_are_listed(script: ModuleType, 
 
 def test_a_folder_becomes_pictures_with_its_prompt(script: ModuleType, pictures: Path) -> None:
     found = script.pictures_in_folder("--instance_data_dir", str(pictures), "a sks dog")
-    assert [picture.name for picture in found] == [f"dog_{index:02d}.png" for index in range(5)]
+    assert [picture.name for picture in found] == [f"{pictures.name}/dog_{index:02d}.png" for index in range(5)]
     assert {picture.prompt for picture in found} == {"a sks dog"}
     for picture in found:
-        with picture.open() as image, Image.open(pictures / picture.name) as stored:
+        with picture.open() as image, Image.open(pictures.parent / picture.name) as stored:
             assert np.array_equal(np.asarray(image), np.asarray(stored))
 
 
@@ -100,7 +101,7 @@ def test_an_upright_photo_is_measured_upright(script: ModuleType, tmp_path: Path
     assert script.to_rgb(stored).size == (48, 64)
 
 
-def transparent_pictures() -> dict[str, tuple[Image.Image, dict[str, object], NDArray[np.float64]]]:
+def transparent_pictures() -> dict[str, tuple[Image.Image, dict[str, Any], NDArray[np.float64]]]:
     """By kind: the picture, options of its file, and what it looks like on white paper."""
     rgba = np.dstack([COLOURS, ALPHA])
     level = COLOURS[..., 0]
@@ -384,8 +385,7 @@ def test_the_same_key_draws_the_same(script: ModuleType) -> None:
 
 
 def test_different_keys_draw_differently(script: ModuleType) -> None:
-    keys = [(seed, purpose, epoch, place) for seed in range(4) for purpose in ("noise", "sigma")
-            for epoch in range(10) for place in range(10)]  # fmt: skip
+    keys: list[tuple[Any, ...]] = list(itertools.product(range(4), ("noise", "sigma"), range(10), range(10)))
     keys += [(1,), ("1",), (1, 1), ("1", 1), (11,), ("ab", "c"), ("a", "bc"), ("abc",), (0, -1), (-1, 0), (2**70,)]
     draws = [torch.randn(64, generator=script.generator_for(*key)) for key in keys]
     assert len({tuple(draw.tolist()) for draw in draws}) == len(keys)
