@@ -53,6 +53,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -100,7 +101,7 @@ VALIDATION_SIGMAS = 8  # noise levels of the validation loss
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 SCHEDULES = [kind.value for kind in SchedulerType]
 WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
-LORA_FILE = RESULT_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_TARGETS = [  # the attention and feed-forward layers of the double blocks, attention of the single blocks
     "attn.to_k",
     "attn.to_q",
@@ -1104,6 +1105,7 @@ class Run:
 # ======================================================================================================================
 
 STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
+RESULT_FILE = "training_result.json"  # written last of all: without it a run is not finished
 PARTIAL, OLD = ".flux-partial", ".flux-old"  # ends of names that are being written, or replaced
 FREE_TO_CHANGE = {  # flags that may differ between a run and its resumption without changing the training
     "output_dir", "logging_dir", "report_to", "resume_from_checkpoint", "checkpointing_steps",
@@ -1206,15 +1208,33 @@ def find_checkpoint(args: Namespace) -> tuple[Path, dict[str, Any]] | None:
         names = ", ".join(path.name for path in checkpoints.values()) or "none"
         flag = f"--resume_from_checkpoint is {wanted!r}"
         raise UsageError(f"{flag}, which is no checkpoint; {args.output_dir} has {names}")
+    halves = [path for path in Path(args.output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    halves = [path for path in halves if path not in checkpoints.values()]
+    for path in halves:
+        logger.warning(f"Passing over {path}, which is not whole: {STATE_FILE} is missing")
     for path in reversed(checkpoints.values()):
         try:
             return path, read_checkpoint(path)
         except UsageError as error:
             logger.warning(f"Passing over a checkpoint: {error}")
-    if checkpoints:
+    if checkpoints or halves:
         raise UsageError("--resume_from_checkpoint=latest: no checkpoint is whole; leave the flag out to start anew")
     logger.info(f"--resume_from_checkpoint=latest: no checkpoint in {args.output_dir}, so this run starts anew")
     return None
+
+
+def check_fits(args: Namespace, path: Path, facts: dict[str, Any]) -> None:
+    """See that a checkpoint has the weights and the optimizer's state of this run.
+
+    Raises:
+        UsageError: naming the flags to give as they were.
+    """
+    before, now = facts["args"], settings(args)
+    names = ("train_text_encoder", "optimizer", "use_8bit_adam", "rank", "lora_layers")
+    changed = [name for name in names if str(before.get(name)).lower() != str(now.get(name)).lower()]
+    if changed:
+        wanted = ", ".join(f"--{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
+        raise UsageError(f"{path} does not fit this run: {wanted}. Give them as they were, or start anew")
 
 
 def changes_since(args: Namespace, facts: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
@@ -1234,6 +1254,28 @@ def checkpoint_bytes(trained: Trained) -> int:
         + sum(4 * parameter.numel() for parameter in trained.parameters)
         + sum(value.nbytes for value in states if isinstance(value, Tensor))
     )
+
+
+def not_written(args: Namespace, what: str, needed: int, error: Exception) -> RunError:
+    """What to say when `what`, of about `needed` bytes, could not be written."""
+    free = shutil.disk_usage(args.output_dir).free
+    return RunError(
+        f"{what} was not written ({error}): it needs about {needed:,} bytes and {args.output_dir} has {free:,} free. "
+        "Earlier checkpoints are whole: make room, then go on with --resume_from_checkpoint=latest"
+    )
+
+
+def finished_steps(args: Namespace) -> int:
+    """The steps of the finished run in `--output_dir`, or 0: a result without its mark may be of another run."""
+    path = Path(args.output_dir) / RESULT_FILE
+    return json.loads(path.read_text())["steps"] if path.is_file() else 0
+
+
+def mark_finished(args: Namespace, state: RunState) -> None:
+    """Write the last file of a run."""
+    partial = Path(args.output_dir) / f".{RESULT_FILE}{PARTIAL}"
+    partial.write_text(json.dumps({"steps": state.step}) + "\n")
+    replace_path(partial, Path(args.output_dir) / RESULT_FILE)
 
 
 def save_checkpoint(run: Run) -> None:
@@ -1264,11 +1306,7 @@ def save_checkpoint(run: Run) -> None:
         replace_path(partial, output / f"checkpoint-{state.step}")
     except Exception as error:  # each writer has its own kind of error for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(output).free
-        raise RunError(
-            f"checkpoint-{state.step} was not written ({error}): it needs about {needed:,} bytes and {output} has "
-            f"{free:,} free. Earlier checkpoints are whole: make room, then go on with --resume_from_checkpoint=latest"
-        ) from error
+        raise not_written(args, f"checkpoint-{state.step}", needed, error) from error
     logger.info(f"Saved checkpoint-{state.step}")
     if args.checkpoints_total_limit:
         earlier = [path for number, path in list_checkpoints(output).items() if number < state.step]
@@ -1409,7 +1447,9 @@ def embed_prompt(accelerator: Accelerator, text_encoder: nn.Module | None, embed
     """The prompt as a CLIP that is trained sees it now; unchanged if there is none."""
     if text_encoder is None:
         return embeds
-    pooled = pool_with_clip(text_encoder, embeds.clip_ids[None].to(accelerator.device))
+    was_training = text_encoder.training
+    pooled = pool_with_clip(text_encoder.eval(), embeds.clip_ids[None].to(accelerator.device))
+    text_encoder.train(was_training)
     return embeds._replace(pooled_prompt_embeds=pooled[0].cpu())
 
 
@@ -1630,10 +1670,10 @@ def push_to_hub(args: Namespace, repo_id: str) -> None:
             repo_id=repo_id, folder_path=args.output_dir, allow_patterns=allowed, commit_message="End of training"
         )
     except Exception as error:  # whatever it is, the result must not be lost with it
-        include = " ".join(f"'{pattern}'" for pattern in allowed)
+        include = " ".join(f"--include={shlex.quote(pattern)}" for pattern in allowed)
         raise RunError(
             f"the upload to {repo_id} failed ({error}). The result is whole in {args.output_dir}; to push again: "
-            f"hf upload {repo_id} {args.output_dir} . --include {include}"
+            f"hf upload {repo_id} {shlex.quote(args.output_dir)} . {include}"
         ) from error
     logger.info(f"Uploaded the result to {repo_id}")
 
@@ -1676,9 +1716,8 @@ class StopSignals:
 
 def ignore_signals(_: int) -> None:
     """In the processes that load pictures: the training decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -1710,6 +1749,7 @@ def stage(args: Namespace, accelerator: Accelerator, name: str) -> Iterator[None
     Raises:
         RunError: if memory runs out in it, with what was in use and which flags would help.
     """
+    gc.collect()  # wrapped models are cycles: the last stage's would stand beside what this one loads
     logger.info(name)
     reset = getattr(torch.get_device_module(accelerator.device), "reset_peak_memory_stats", None)
     if reset is not None:
@@ -1722,8 +1762,7 @@ def stage(args: Namespace, accelerator: Accelerator, name: str) -> Iterator[None
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         advice = memory_advice(args)
         raise RunError(f"out of memory while: {name} ({used}; {reason}). Try, in order: {advice}") from error
-    gc.collect()
-    clear_device_cache()
+    clear_device_cache(garbage_collection=True)
     memory = peak_memory(accelerator.device).items()
     peak = ", ".join(f"{key.replace('_', ' ')} {value:.2f} GiB" for key, value in memory)
     logger.info(f"{name}: {time.perf_counter() - start:.1f} s, {peak}")
@@ -1782,12 +1821,14 @@ def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) ->
     """Log what an optimizer step did: `loss` is its mean over micro-batches and processes.
 
     Raises:
-        RunError: if the loss is not a number any more.
+        RunError: if the loss or its gradient is not a number any more.
     """
-    if not math.isfinite(loss):
+    norm = 0.0 if grad_norm is None or run.accelerator.scaler else float(grad_norm)  # fp16's scaler skips such a step
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(
-            f"the loss is {loss} at step {run.state.step}. Likely causes: --learning_rate too high, an fp16 overflow, "
-            "or broken weights. Checkpoints written so far are good: resume from the last one with other flags"
+            f"the loss is {loss} at step {run.state.step}, its gradient's norm {norm}. Likely causes: --learning_rate "
+            "too high, an fp16 overflow, or broken weights. Checkpoints written so far are good: resume from the last "
+            "one with other flags"
         )
     values = {"loss": loss, "lr": run.trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
     if grad_norm is not None:
@@ -1889,6 +1930,14 @@ def make_accelerator(args: Namespace) -> Accelerator:
         library.utils.logging.set_verbosity_error()
         if not accelerator.is_local_main_process:
             library.utils.logging.disable_progress_bar()
+    if args.report_to != "none" and not accelerator.log_with:
+        raise UsageError(f"--report_to is {args.report_to!r}, which is not installed; install it, or give none")
+    precision = accelerator.mixed_precision
+    if precision not in ("no", "bf16", "fp16") or (precision == "fp16" and accelerator.device.type == "cpu"):
+        raise UsageError(
+            f"--mixed_precision is not given, and accelerate's configuration says {precision}, which cannot work here; "
+            "give --mixed_precision=bf16 or no"
+        )
     for note in notes_on_args(args):
         logger.warning(note)
     if args.allow_tf32:
@@ -1928,6 +1977,8 @@ def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
             "--validation_data_dir", args.validation_data_dir, args.instance_prompt
         )
     folder = Path(args.class_data_dir or "")
+    if args.with_prior_preservation and folder.exists() and not folder.is_dir():
+        raise UsageError(f"--class_data_dir is {args.class_data_dir!r}, which is not a folder")
     if args.with_prior_preservation and folder.is_dir() and list_picture_files(folder):
         pictures["class"] = pictures_in_folder("--class_data_dir", args.class_data_dir, args.class_prompt)
     check_pictures([picture for part in pictures.values() for picture in part], args.resolution)
@@ -1941,22 +1992,19 @@ def make_output_folder(args: Namespace) -> str:
         UsageError: if either is refused; a folder made for nothing is removed.
     """
     output = Path(args.output_dir)
-    new = not output.exists()
+    made = [path for path in (output, *output.parents) if not path.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / f".probe{PARTIAL}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
+        return create_repository(args) if args.push_to_hub else output.resolve().name
+    except (OSError, UsageError) as error:
+        for path in filter(Path.is_dir, made):  # the deepest first
+            path.rmdir()
+        if isinstance(error, UsageError):
+            raise
         raise UsageError(f"--output_dir is {args.output_dir!r}, which cannot be written: {error}") from error
-    if not args.push_to_hub:
-        return output.resolve().name
-    try:
-        return create_repository(args)
-    except UsageError:
-        if new:
-            output.rmdir()
-        raise
 
 
 def begin(args: Namespace, accelerator: Accelerator) -> tuple[dict[str, list[Picture]], Any, str]:
@@ -1974,6 +2022,8 @@ def begin(args: Namespace, accelerator: Accelerator) -> tuple[dict[str, list[Pic
             if Path(args.output_dir).is_dir():
                 remove_leftovers(Path(args.output_dir))
             resumed = find_checkpoint(args)
+            if resumed is not None:
+                check_fits(args, *resumed)
             found = [make_output_folder(args), resumed]
     repo_id, resumed = accelerate.utils.broadcast_object_list(found)
     return pictures, resumed, repo_id
@@ -2053,13 +2103,19 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
     split = (accelerator.process_index, accelerator.num_processes)
     sizes = (len(data.dataset), args.train_batch_size, args.gradient_accumulation_steps)
     schedule = MicroBatches(*sizes, *split, state.seed, state.step, args.max_train_steps)
+    if accelerator.is_main_process:
+        (Path(args.output_dir) / RESULT_FILE).unlink(missing_ok=True)
     with stage(args, accelerator, "Training"), StopSignals() as signals:
         if state.step == 0:
             validate(run)
         train(run, schedule, signals)
     with stage(args, accelerator, "Saving the result"):
         dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
-        save_results(args, accelerator, trained, dtype)
+        try:
+            save_results(args, accelerator, trained, dtype)
+        except Exception as error:  # each writer has its own kind of error for a full disk
+            shutil.rmtree(Path(args.output_dir) / f".results{PARTIAL}", ignore_errors=True)
+            raise not_written(args, "the result", 4 * sum(map(Tensor.numel, trained.parameters)), error) from error
     accelerator.free_memory()
 
 
@@ -2097,7 +2153,7 @@ def main(args: Namespace) -> None:
     state = start_state(args, resumed)
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)
     resolve_steps(args, accelerator, len(dataset))
-    if state.step >= args.max_train_steps and (Path(args.output_dir) / RESULT_FILE).is_file():
+    if resumed is not None and finished_steps(args) >= args.max_train_steps:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         return
     accelerator.init_trackers(
@@ -2115,6 +2171,7 @@ def main(args: Namespace) -> None:
             draw_final_pictures(args, accelerator, embeds, state, weight_dtype(accelerator))
     if accelerator.is_main_process:
         write_model_card(args, repo_id, state)
+        mark_finished(args, state)
         if args.push_to_hub:
             push_to_hub(args, repo_id)
     accelerator.end_training()

@@ -349,7 +349,7 @@ def breaking(script: ModuleType, at: int, spoil: Callable[[Tensor, Tensor], Tens
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, base_flags: list[str], value: float, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(script, "training_loss", breaking(script, 3, lambda loss, _: loss * value))
+    monkeypatch.setattr(script, "training_loss", breaking(script, 3, lambda loss, _: loss + value))
     with pytest.raises(script.RunError, match=rf"{value} at step 3\b"):
         run(script, "--max_train_steps=5", "--checkpointing_steps=1")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
