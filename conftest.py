@@ -19,6 +19,7 @@ os.environ.update(
     WANDB_DIR=HOME,
     WANDB_SILENT="true",
     TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # the tiny model gains nothing from more, and threads that wait for each other burn the cores
 )
 
 import pytest  # noqa: E402

@@ -22,7 +22,7 @@ def launched(tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathF
     """The output folder of one run under `accelerate launch`."""
     output = tmp_path_factory.mktemp("launched") / "out"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    launcher += ["--mixed_precision=bf16", "--dynamo_backend=no", "--num_cpu_threads_per_process=2"]
+    launcher += ["--mixed_precision=bf16", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
     flags = [
         f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", f"--output_dir={output}",
         "--instance_prompt=a photo of sks dog", "--resolution=32", "--train_batch_size=2", "--num_train_epochs=2",

@@ -92,9 +92,9 @@ def test_what_is_frozen_has_the_precision_of_the_run(
 def test_a_bf16_run_computes_in_bf16_from_float32_latents_and_sigmas(
     script: ModuleType, run: Run, bf16: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, computed = set(), set()
+    given, computed = set[torch.dtype](), set[torch.dtype]()
 
-    def look(transformer: nn.Module, **inputs: Any) -> None:
+    def look(transformer: Any, **inputs: Any) -> None:
         given.update(inputs[name].dtype for name in ("latents", "noise", "sigmas", "guidance", "weights"))
         transformer.proj_out.register_forward_hook(lambda module, arguments, output: computed.add(output.dtype))
 
@@ -194,7 +194,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[weakref.ref]]:
     """The text encoders and VAEs that are made, by class."""
     references: dict[str, list[weakref.ref]] = {}
 
-    def watch(kind: type) -> None:
+    def watch(kind: Any) -> None:
         make = kind.__init__
 
         @functools.wraps(make)

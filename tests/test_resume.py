@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,15 @@ from tests.test_checkpoints import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On models this small a second thread costs more than it brings, and twice as much beside other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Row(NamedTuple):
@@ -191,7 +201,12 @@ def launch(jobs: dict[Path, list[str]], folder: Path) -> None:
         "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
         str(ROOT / "tests" / "record_run.py"), str(file),
     ]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(folder),
+    }
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
