@@ -1249,6 +1249,8 @@ def save_checkpoint(run: Run) -> None:
         content = {"files": files, "facts": facts, "checksum": zlib.crc32(json.dumps([files, facts]).encode())}
         (partial / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
         replace_path(partial, output / f"checkpoint-{state.step}")
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:  # each writer has its own kind of error for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise not_written(args, f"checkpoint-{state.step}", needed, error) from error
@@ -1950,8 +1952,9 @@ def make_output_folder(args: Namespace) -> str:
         probe.unlink()
         return create_repository(args) if args.push_to_hub else output.resolve().name
     except (OSError, UsageError) as error:
-        for path in filter(Path.is_dir, made):  # the deepest first
-            path.rmdir()
+        for path in made:  # the deepest first
+            with contextlib.suppress(OSError):
+                path.rmdir()
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"--output_dir is {args.output_dir!r}, which cannot be written: {error}") from error
@@ -2062,6 +2065,8 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
         dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
         try:
             save_results(args, accelerator, trained, dtype)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:  # each writer has its own kind of error for a full disk
             shutil.rmtree(Path(args.output_dir) / f".results{PARTIAL}", ignore_errors=True)
             raise not_written(args, "the result", 4 * sum(map(Tensor.numel, trained.parameters)), error) from error
