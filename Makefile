@@ -1,5 +1,6 @@
 # make demo    train a LoRA on a tiny random checkpoint, start to end, on the CPU
 # make test    all tests, offline, on the CPU
+# make faults  the long fault injection: 30 kills of each script, each resumed
 # make check   ruff, mypy, and that the two scripts still share their text
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
 	--num_cpu_threads_per_process=$(CORES)
 
-.PHONY: demo test check clean
+.PHONY: demo test faults check clean
 
 demo: $(VENV)/installed
 	@rm -rf demo
@@ -30,7 +31,10 @@ demo: $(VENV)/installed
 	@echo "Next: the same command on FLUX.1 [dev] and your pictures, in README.md under 'The real thing'."
 
 test: $(VENV)/tools
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile
+
+faults: $(VENV)/tools
+	FLUX_FAULTS=30 $(BIN)/python -m pytest tests/test_faults.py
 
 check: $(VENV)/tools
 	$(BIN)/ruff check .
@@ -44,7 +48,7 @@ $(VENV)/installed: requirements_flux.txt
 	@touch $@
 
 $(VENV)/tools: $(VENV)/installed pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pytest~=9.2" "ruff~=0.17.6" "mypy~=2.4.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pytest~=9.2" "pytest-xdist~=3.8" "ruff~=0.17.6" "mypy~=2.4.1"
 	@touch $@
 
 clean:
