@@ -2140,5 +2140,5 @@ if __name__ == "__main__":
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:
-        print(f"{Path(__file__).name}: interrupted before the training began", file=sys.stderr)
+        print(f"{Path(__file__).name}: interrupted; checkpoints written so far are whole", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
