@@ -3,6 +3,8 @@
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +80,14 @@ def fresh_accelerate() -> Iterator[None]:
 def reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def launch(script: ModuleType, flags: list[str], folder: Path) -> None:
+    """Run a script in `folder` under `accelerate launch`, as users do, in one process and bf16."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    launcher += ["--mixed_precision=bf16", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
+    done = subprocess.run([*launcher, str(script.__file__), *flags], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

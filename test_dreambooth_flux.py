@@ -1,7 +1,5 @@
 """The full script end to end on a tiny random checkpoint: launched as users launch it, and its result loaded."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth_flux as script
-from conftest import Run
+from conftest import Run, launch
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -21,16 +19,13 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 def launched(tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of one run under `accelerate launch`."""
     output = tmp_path_factory.mktemp("launched") / "out"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    launcher += ["--mixed_precision=bf16", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
     flags = [
         f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", f"--output_dir={output}",
         "--instance_prompt=a photo of sks dog", "--resolution=32", "--train_batch_size=2", "--num_train_epochs=2",
         "--learning_rate=1e-3", "--train_text_encoder", "--text_encoder_lr=1e-3", "--checkpointing_steps=3",
         "--validation_prompt=a sks dog", "--validation_epochs=2", "--num_validation_images=1", "--seed=0",
     ]  # fmt: skip
-    done = subprocess.run([*launcher, script.__file__, *flags], cwd=output.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    launch(script, flags, output.parent)
     return output
 
 

@@ -1,8 +1,6 @@
 """The LoRA script end to end on a tiny random checkpoint: launched as users launch it, and its result loaded."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_dreambooth_lora_flux as script
-from conftest import Run
+from conftest import Run, launch
 
 ROOT = Path(__file__).parent
 LORA = "pytorch_lora_weights.safetensors"
@@ -36,8 +34,6 @@ def draw(pipeline: FluxPipeline) -> np.ndarray:
 def launched(tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of one run under `accelerate launch`."""
     output = tmp_path_factory.mktemp("launched") / "out"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    launcher += ["--mixed_precision=bf16", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
     flags = [
         f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", f"--output_dir={output}",
         "--instance_prompt=a photo of sks dog", "--resolution=32", "--train_batch_size=2", "--num_train_epochs=4",
@@ -45,8 +41,7 @@ def launched(tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathF
         "--checkpointing_steps=6", "--checkpoints_total_limit=1", "--validation_prompt=a sks dog",
         "--validation_epochs=2", "--num_validation_images=2", "--seed=0",
     ]  # fmt: skip
-    done = subprocess.run([*launcher, script.__file__, *flags], cwd=output.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    launch(script, flags, output.parent)
     return output
 
 

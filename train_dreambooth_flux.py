@@ -1531,15 +1531,10 @@ def draw_final_pictures(
     accelerator.wait_for_everyone()
 
 
-def write_model_card(args: Namespace, repo_id: str, state: RunState) -> None:
-    """Write README.md for the Hub: gallery, trigger words, code that loads the result, settings, licence."""
-    output = Path(args.output_dir)
-    pictures = sorted(path.name for path in output.glob("image_*.png")) if args.validation_prompt else []
+def card_metadata(args: Namespace, pictures: list[str], tags: list[str]) -> ModelCardData:
+    """What the Hub reads of a model card: base model, licence, trigger words, gallery."""
     base = args.pretrained_model_name_or_path
-    link = base if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
-    kind, tags = "full fine-tuning", ["full"]
-    load = f'pipeline = FluxPipeline.from_pretrained("{repo_id}", torch_dtype=torch.bfloat16).to("cuda")'
-    card = ModelCardData(
+    return ModelCardData(
         base_model=None if Path(base).exists() else base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -1550,6 +1545,17 @@ def write_model_card(args: Namespace, repo_id: str, state: RunState) -> None:
         widget=[{"text": args.validation_prompt, "output": {"url": name}} for name in pictures],
         tags=["text-to-image", "diffusers", "diffusers-training", "flux", "flux-diffusers", "dreambooth", *tags],
     )
+
+
+def write_model_card(args: Namespace, repo_id: str, state: RunState) -> None:
+    """Write README.md for the Hub: gallery, trigger words, code that loads the result, settings, licence."""
+    output = Path(args.output_dir)
+    pictures = sorted(path.name for path in output.glob("image_*.png")) if args.validation_prompt else []
+    base = args.pretrained_model_name_or_path
+    link = base if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
+    kind, tags = "full fine-tuning", ["full"]
+    load = f'pipeline = FluxPipeline.from_pretrained("{repo_id}", torch_dtype=torch.bfloat16).to("cuda")'
+    card = card_metadata(args, pictures, tags)
     parser = make_parser()
     changed = {name: value for name, value in sorted(settings(args).items()) if value != parser.get_default(name)}
     rows = "\n".join(f"| `--{name}` | `{value}` |" for name, value in changed.items() if name != "output_dir")
