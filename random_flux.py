@@ -201,6 +201,26 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=pieces, model_max_length=512)
 
 
+def make_meta_models(size: str, guidance_embeds: bool = True) -> dict[str, Any]:
+    """The models of a checkpoint on the meta device, which have shapes but no weights, by component.
+
+    Raises:
+        ValueError: if `size` is not one of SIZES.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+    sizes, vocabularies = SIZES[size], SIZES[size]["vocabularies"]
+    transformer = TRANSFORMER | sizes["transformer"]
+    clip = CLIP | sizes["clip"] | {"vocab_size": vocabularies["clip"]}
+    with torch.device("meta"):
+        return {
+            "transformer": FluxTransformer2DModel(**transformer, guidance_embeds=guidance_embeds),
+            "vae": AutoencoderKL(**VAE | sizes["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**clip, projection_dim=clip["hidden_size"])),
+            "text_encoder_2": T5EncoderModel(T5Config(**T5 | sizes["t5"], vocab_size=vocabularies["t5"])),
+        }
+
+
 def write_checkpoint(folder: str | Path, size: str = "tiny", guidance_embeds: bool = True, seed: int = 0) -> Path:
     """Write a random FLUX.1 checkpoint in diffusers' format.
 
@@ -216,20 +236,10 @@ def write_checkpoint(folder: str | Path, size: str = "tiny", guidance_embeds: bo
     Raises:
         ValueError: if `size` is not one of SIZES.
     """
-    if size not in SIZES:
-        raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-    folder, sizes = Path(folder), SIZES[size]
-    dtype, vocabularies = sizes["dtype"], sizes["vocabularies"]
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(**TRANSFORMER | sizes["transformer"], guidance_embeds=guidance_embeds)
-        vae = AutoencoderKL(**VAE | sizes["vae"])
-        clip_sizes = CLIP | sizes["clip"] | {"vocab_size": vocabularies["clip"]}
-        clip = CLIPTextModel(CLIPTextConfig(**clip_sizes, projection_dim=clip_sizes["hidden_size"]))
-        t5 = T5EncoderModel(T5Config(**T5 | sizes["t5"], vocab_size=vocabularies["t5"]))
-    write_model(transformer, folder / "transformer", "diffusion_pytorch_model", dtype, seed)
-    write_model(vae, folder / "vae", "diffusion_pytorch_model", dtype, seed + 1)
-    write_model(clip, folder / "text_encoder", "model", dtype, seed + 2)
-    write_model(t5, folder / "text_encoder_2", "model", dtype, seed + 3)
+    models, folder, dtype = make_meta_models(size, guidance_embeds), Path(folder), SIZES[size]["dtype"]
+    for number, (name, model) in enumerate(models.items()):
+        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+        write_model(model, folder / name, stem, dtype, seed + number)
     clip_tokenizer().save_pretrained(folder / "tokenizer")
     t5_tokenizer().save_pretrained(folder / "tokenizer_2")
     scheduler = SCHEDULER if guidance_embeds else SCHEDULER | {"shift": 1.0, "use_dynamic_shifting": False}

@@ -46,6 +46,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -72,9 +73,10 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import DynamoBackend, ProjectConfiguration, gather_object
 from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
@@ -86,6 +88,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, T5EncoderModel
+from transformers.optimization import Adafactor
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +98,7 @@ GIB = 1024**3
 LAUNCHER = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by `accelerate launch`
 VALIDATION_SIGMAS = 8  # noise levels of the validation loss
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+ATTENTION_BACKENDS = [kind.value for kind in AttentionBackendName if "sage" not in kind.value]  # those have no backward
 SCHEDULES = [kind.value for kind in SchedulerType]
 WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
 TRANSFORMER_FILES = "diffusion_pytorch_model{suffix}.safetensors"
@@ -181,14 +185,25 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
     group.add_argument("--num_train_epochs", type=int, default=1, help="passes over the pictures")
     group.add_argument("--max_train_steps", type=int, help="optimizer steps; wins over --num_train_epochs")
+    group.add_argument("--seed", type=int, help="makes the run repeatable (default: drawn, logged and kept)")
+    group.add_argument("--local_rank", type=int, default=-1, help="set by launchers; the environment's value wins")
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("memory and speed")
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     group.add_argument(
         "--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"
     )
     group.add_argument("--allow_tf32", action="store_true", help="float32 products in TF32 on Ampere and newer")
+    group.add_argument("--attention_backend", choices=ATTENTION_BACKENDS, help="by diffusers' names (default: native)")
     group.add_argument("--enable_npu_flash_attention", action="store_true", help="on an Ascend NPU (needs torch_npu)")
-    group.add_argument("--seed", type=int, help="makes the run repeatable (default: drawn, logged and kept)")
-    group.add_argument("--local_rank", type=int, default=-1, help="set by launchers; the environment's value wins")
+    group.add_argument("--full_bf16", action="store_true", help="weights in bf16 alone, updates rounded stochastically")
+    group.add_argument(
+        "--fused_backward_pass",
+        action="store_true",
+        help="update each weight as soon as it has its gradient, and free that; clips each tensor by itself",
+    )
 
 
 def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +220,7 @@ def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer and schedule")
-    group.add_argument("--optimizer", default="AdamW", help="AdamW or prodigy")
+    group.add_argument("--optimizer", default="AdamW", help="AdamW, adafactor or prodigy")
     group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes)")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="of the transformer; with prodigy use 1")
     group.add_argument("--text_encoder_lr", type=float, default=5e-6, help="of CLIP; prodigy takes --learning_rate")
@@ -259,6 +274,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_data_arguments(parser)
     add_prior_arguments(parser)
     add_training_arguments(parser)
+    add_memory_arguments(parser)
     add_flow_arguments(parser)
     add_optimizer_arguments(parser)
     add_validation_arguments(parser)
@@ -310,14 +326,28 @@ def contradictions(args: Namespace) -> Iterator[str]:
         for name in ("class_data_dir", "class_prompt"):
             if not getattr(args, name):
                 yield f"--with_prior_preservation needs --{name}"
-    if args.optimizer.lower() not in ("adamw", "prodigy"):
-        yield f"--optimizer is {args.optimizer!r}; give AdamW or prodigy"
+    if args.optimizer.lower() not in ("adamw", "adafactor", "prodigy"):
+        yield f"--optimizer is {args.optimizer!r}; give AdamW, adafactor or prodigy"
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
         yield "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'"
     if args.lr_step_rules and not re.fullmatch(r"([\d.e-]+:\d+,)*[\d.e-]+", args.lr_step_rules):
         yield f"--lr_step_rules is {args.lr_step_rules!r}; give factor:step,...,factor, such as '1:100,0.1:300,0.01'"
     if args.hub_model_id and args.hub_model_id.count("/") > 1:
         yield f"--hub_model_id is {args.hub_model_id!r}; give NAME or OWNER/NAME"
+
+
+def memory_problems(args: Namespace) -> Iterator[str]:
+    """Ways to save memory that cannot work, or not together."""
+    if args.full_bf16 and args.mixed_precision not in (None, "bf16"):
+        yield f"--full_bf16 needs --mixed_precision=bf16, not {args.mixed_precision}"
+    if args.fused_backward_pass and args.mixed_precision == "fp16":
+        yield "--fused_backward_pass cannot scale losses as --mixed_precision=fp16 does; give bf16"
+    if args.fused_backward_pass and args.gradient_accumulation_steps > 1:
+        yield "--fused_backward_pass keeps no gradients to accumulate; give --gradient_accumulation_steps=1"
+    if (args.full_bf16 or args.fused_backward_pass) and args.optimizer.lower() == "prodigy":
+        yield "prodigy needs all gradients at once; with --full_bf16 and --fused_backward_pass give AdamW or adafactor"
+    if args.attention_backend and args.enable_npu_flash_attention:
+        yield "--enable_npu_flash_attention is --attention_backend=_native_npu; give one of them"
 
 
 def missing_packages(args: Namespace) -> Iterator[str]:
@@ -341,7 +371,7 @@ def validate_args(args: Namespace) -> None:
     Raises:
         UsageError: with every problem found, a line each.
     """
-    problems = [*range_problems(args), *contradictions(args), *missing_packages(args)]
+    problems = [*range_problems(args), *contradictions(args), *memory_problems(args), *missing_packages(args)]
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision=fp16 needs a GPU; give bf16 or no")
     if problems:
@@ -353,8 +383,8 @@ def notes_on_args(args: Namespace) -> Iterator[str]:
     prodigy = args.optimizer.lower() == "prodigy"
     if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
         yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
-    if prodigy and args.use_8bit_adam:
-        yield "--use_8bit_adam has no effect with --optimizer=prodigy"
+    if args.use_8bit_adam and args.optimizer.lower() != "adamw":
+        yield f"--use_8bit_adam has no effect with --optimizer={args.optimizer}"
     if prodigy and args.learning_rate <= 0.1:
         yield f"--learning_rate={args.learning_rate} is low for prodigy, which finds the step size itself: use 1"
     if prodigy and args.train_text_encoder:
@@ -921,15 +951,62 @@ def training_loss(
 # ======================================================================================================================
 
 
-def load_transformer(args: Namespace) -> FluxTransformer2DModel:
-    """The transformer, all of it trainable, in float32: bf16 weights would round most updates away."""
-    transformer = FluxTransformer2DModel.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="transformer", torch_dtype=torch.float32, **hub_options(args)
-    )
+def list_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks of an unwrapped transformer, in the order in which they run."""
+    model: Any = transformer
+    return [*model.transformer_blocks, *model.single_transformer_blocks]
+
+
+def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
+    """Switch on what is asked for of how the blocks compute."""
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if args.enable_npu_flash_attention:
-        transformer.set_attention_backend("_native_npu")
+    backend = "_native_npu" if args.enable_npu_flash_attention else args.attention_backend
+    if backend:
+        transformer.set_attention_backend(backend)
+
+
+def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
+    """Compile each block by accelerate's dynamo settings; one graph serves all blocks of a kind.
+
+    The forward functions are compiled, not the modules: names of weights stay, and hooks run outside.
+    """
+    plugin, blocks = accelerator.state.dynamo_plugin, list_blocks(transformer)
+    if plugin.backend == DynamoBackend.NO or plugin.disable:
+        return
+    logger.info(f"Compiling the blocks with {plugin.backend.value.lower()}: the first steps take longer")
+    for block in blocks:
+        compiled = torch.compile(block.forward, **plugin.to_kwargs())
+        block.forward = functools.partial(run_compiled, block, compiled, blocks)  # type: ignore[method-assign]
+    plugin.backend = DynamoBackend.NO  # `prepare` would compile the whole
+
+
+def run_compiled(block: nn.Module, compiled: Callable, blocks: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """A block's compiled forward; where compiling fails, all `blocks` go on uncompiled."""
+    try:
+        return compiled(*args, **kwargs)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        logger.warning(f"Compiling failed, so the blocks run uncompiled: {str(error).splitlines()[0]}")
+        for other in blocks:
+            vars(other).pop("forward", None)
+        return block.forward(*args, **kwargs)
+
+
+def load_frozen_transformer(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
+    """The transformer in `dtype`, read tensor by tensor straight to `device`."""
+    return FluxTransformer2DModel.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder="transformer",
+        torch_dtype=dtype,
+        device_map={"": device},
+        **hub_options(args),
+    ).requires_grad_(False)
+
+
+def load_transformer(args: Namespace, device: torch.device) -> FluxTransformer2DModel:
+    """The transformer on `device`, all of it trainable, in float32, or in bfloat16 with `--full_bf16`."""
+    transformer = load_frozen_transformer(args, torch.bfloat16 if args.full_bf16 else torch.float32, device)
+    set_up_blocks(args, transformer)
     return transformer.requires_grad_(True).train()
 
 
@@ -960,8 +1037,8 @@ def parameter_groups(args: Namespace, transformer: nn.Module, text_encoder: nn.M
     return groups
 
 
-def make_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer:
-    """AdamW, 8-bit AdamW or Prodigy over `groups`. To add another optimizer, add it here and in `contradictions`."""
+def library_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer:
+    """The optimizer of `--optimizer` over `groups`. To add another one, add it here and in `contradictions`."""
     common = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer.lower() == "prodigy":
         from prodigyopt import Prodigy  # optional
@@ -974,11 +1051,113 @@ def make_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer
             use_bias_correction=args.prodigy_use_bias_correction,
             safeguard_warmup=args.prodigy_safeguard_warmup,
         )
+    if args.optimizer.lower() == "adafactor":  # the learning rate is the user's, not relative to step or weights
+        return Adafactor(groups, lr=args.learning_rate, scale_parameter=False, relative_step=False)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit  # optional
 
         return AdamW8bit(groups, **common)
-    return torch.optim.AdamW(groups, **common)
+    device = groups[0]["params"][0].device.type
+    return torch.optim.AdamW(groups, **common, fused=device in ("cpu", "cuda", "mps", "xpu"))
+
+
+def round_stochastically_(target: Tensor, source: Tensor, generator: torch.Generator) -> None:
+    """Write float32 `source` into bfloat16 `target`, up or down at random so that the mean is `source`.
+
+    Random bits are added to the 16 that bfloat16 drops, which carries into the kept ones just as often as they are near
+    (https://arxiv.org/abs/2010.06192, section 3.2).
+    """
+    noise = torch.randint(0, 2**16, source.shape, dtype=torch.int32, device=source.device, generator=generator)
+    target.copy_(noise.add_(source.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32))
+
+
+class PerParameterOptimizer(torch.optim.Optimizer):
+    """Runs an optimizer of its own for each parameter.
+
+    A bfloat16 parameter is updated as a float32 copy that lives for its update alone, and rounded stochastically: a
+    plain bf16 update at a learning rate of 1e-5 would be lost for most weights. After `fuse`, each parameter is updated
+    in the backward pass as soon as its gradient is complete, and the gradient freed.
+
+    Args:
+        groups: as of any optimizer.
+        make: the optimizer of a list with one group, whose one parameter is float32.
+        seed: of the rounding, which draws from generators of its own.
+    """
+
+    def __init__(self, groups: list[dict], make: Callable[[list[dict]], torch.optim.Optimizer], seed: int) -> None:
+        super().__init__(groups, {})
+        self.seed, self.steps, self.max_grad_norm, self.squared_norm = seed, 0, math.inf, torch.zeros(())
+        self.fused, self.processes = False, accelerate.PartialState().num_processes
+        self.optimizers = []  # of one parameter each: the parameter, its group, and its optimizer
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                held = parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.new_empty(0).float())
+                self.optimizers.append((parameter, group, make([group | {"params": [held]}])))
+
+    @torch.no_grad()
+    def update(self, number: int) -> None:
+        """Update parameter `number` by its gradient, if it has one, and free that."""
+        parameter, group, optimizer = self.optimizers[number]
+        if parameter.grad is None:
+            return
+        held, generator = optimizer.param_groups[0]["params"][0], torch.Generator(parameter.device)
+        optimizer.param_groups[0]["lr"] = group["lr"]
+        if held is parameter:
+            optimizer.step()
+        else:
+            held.data, held.grad = parameter.float(), parameter.grad.float()
+            optimizer.step()
+            generator.manual_seed(generator_for(self.seed, "rounding", self.steps, number).initial_seed())
+            round_stochastically_(parameter, held, generator)
+            held.data, held.grad = parameter.new_empty(0).float(), None
+        parameter.grad = None
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient left; after a fused backward pass only the count goes on."""
+        for number in range(len(self.optimizers)):
+            self.update(number)
+        self.steps += 1
+
+    def fuse(self, max_grad_norm: float) -> None:
+        """Update in the backward pass from now on, each gradient averaged over processes and clipped by itself."""
+        self.fused, self.max_grad_norm = True, max_grad_norm
+        for number, (parameter, _, _) in enumerate(self.optimizers):
+            parameter.register_post_accumulate_grad_hook(functools.partial(self.update_in_backward, number))
+
+    def update_in_backward(self, number: int, parameter: Tensor) -> None:
+        if self.processes > 1:
+            parameter.grad = accelerate.utils.reduce(parameter.grad, "mean")
+        norm = nn.utils.clip_grad_norm_([parameter], self.max_grad_norm)
+        self.squared_norm = self.squared_norm.to(norm) + norm.float().square()
+        self.update(number)
+
+    def take_norm(self) -> Tensor:
+        """The norm of the gradient of the last backward pass, before clipping."""
+        norm, self.squared_norm = self.squared_norm.sqrt(), torch.zeros(())
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each optimizer's state, in its own dtypes."""
+        lrs = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        states = [optimizer.state_dict() for _, _, optimizer in self.optimizers]
+        return {"steps": self.steps, "param_groups": lrs, "state": dict(enumerate(states))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps = state_dict["steps"]
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)
+        for number, (_, _, optimizer) in enumerate(self.optimizers):
+            optimizer.load_state_dict(state_dict["state"][number])
+
+
+def make_optimizer(args: Namespace, groups: list[dict], seed: int) -> torch.optim.Optimizer:
+    """The optimizer, one parameter at a time where `--full_bf16` or `--fused_backward_pass` asks for it."""
+    if not (args.full_bf16 or args.fused_backward_pass):
+        return library_optimizer(args, groups)
+    optimizer = PerParameterOptimizer(groups, functools.partial(library_optimizer, args), seed)
+    if args.fused_backward_pass:
+        optimizer.fuse(args.max_grad_norm or math.inf)
+    return optimizer
 
 
 def make_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -1175,7 +1354,15 @@ def check_fits(args: Namespace, path: Path, facts: dict[str, Any]) -> None:
         UsageError: naming the flags to give as they were.
     """
     before, now = facts["args"], settings(args)
-    names = ("train_text_encoder", "optimizer", "use_8bit_adam", "rank", "lora_layers")
+    names = (
+        "train_text_encoder",
+        "optimizer",
+        "use_8bit_adam",
+        "rank",
+        "lora_layers",
+        "full_bf16",
+        "fused_backward_pass",
+    )
     changed = [name for name in names if str(before.get(name)).lower() != str(now.get(name)).lower()]
     if changed:
         wanted = ", ".join(f"--{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
@@ -1193,7 +1380,7 @@ def changes_since(args: Namespace, facts: dict[str, Any], data: dict[str, Any]) 
 
 def checkpoint_bytes(trained: Trained) -> int:
     """About what a checkpoint takes on the disk: float32 weights and the optimizer's state."""
-    states = (value for state in trained.optimizer.state.values() for value in state.values())
+    states = torch.utils._pytree.tree_leaves(trained.optimizer.state_dict())
     return (
         2**20
         + sum(4 * parameter.numel() for parameter in trained.parameters)
@@ -1275,8 +1462,8 @@ def register_state_hooks(accelerator: Accelerator) -> None:
     """Make `save_state` write models in the formats that pipelines load, and `load_state` read them."""
 
     def save_hook(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        for model in models:
-            save_weights(accelerator, model, Path(folder), torch.float32)
+        for model in models:  # in their own precision, float32 or `--full_bf16`'s
+            save_weights(accelerator, model, Path(folder), next(unwrap(accelerator, model).parameters()).dtype)
         weights.clear()
 
     def load_hook(models: list[nn.Module], folder: str) -> None:
@@ -1297,6 +1484,14 @@ def register_state_hooks(accelerator: Accelerator) -> None:
 # ======================================================================================================================
 
 
+def load_sampler(args: Namespace, transformer: FluxTransformer2DModel, dtype: torch.dtype) -> FluxPipeline:
+    """The pipeline of the base model around `transformer`, without text encoders: their embeddings are at hand."""
+    left_out = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    return FluxPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, transformer=transformer, torch_dtype=dtype, **left_out, **hub_options(args)
+    )
+
+
 @torch.no_grad()
 def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int) -> None:
     """Draw the class pictures that are missing, at the training resolution, the processes sharing the work."""
@@ -1309,16 +1504,15 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
     numbers = [next(free) for _ in range(missing)]
     accelerator.wait_for_everyone()  # nobody writes before all have counted
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    default = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
+    precisions = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = precisions.get(args.prior_generation_precision, default)
+    encoded = encode_prompts(args, accelerator, [args.class_prompt], dtype)  # frees the encoders: 10 GB of FLUX.1 [dev]
     if mine:
-        default = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
-        precisions = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        pipeline = FluxPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            torch_dtype=precisions.get(args.prior_generation_precision, default),
-            **hub_options(args),
-        ).to(accelerator.device)
+        pipeline = load_sampler(args, load_frozen_transformer(args, dtype, accelerator.device), dtype)
+        pipeline.vae.to(accelerator.device)
         pipeline.set_progress_bar_config(disable=True)
-        embeds, pooled, _ = pipeline.encode_prompt(args.class_prompt, max_sequence_length=args.max_sequence_length)
+        embeds, pooled = (part[None].to(accelerator.device, dtype) for part in encoded[args.class_prompt][:2])
         bar = tqdm(total=len(mine), desc="Generating class pictures", disable=not accelerator.is_local_main_process)
         for start in range(0, len(mine), args.sample_batch_size):
             part = mine[start : start + args.sample_batch_size]
@@ -1509,7 +1703,7 @@ def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dt
     accelerator.wait_for_everyone()
 
 
-def load_results(args: Namespace, dtype: torch.dtype) -> FluxPipeline:
+def load_results(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxPipeline:
     """The pipeline that was saved, as a user would load it, but for T5, whose embeddings are at hand."""
     return FluxPipeline.from_pretrained(args.output_dir, text_encoder_2=None, tokenizer_2=None, torch_dtype=dtype)
 
@@ -1518,7 +1712,7 @@ def draw_final_pictures(
     args: Namespace, accelerator: Accelerator, embeds: PromptEmbeds, state: RunState, dtype: torch.dtype
 ) -> None:
     """Draw pictures from what was saved, which proves the files; `image_<n>.png` and the trackers."""
-    pipeline = load_results(args, dtype).to(accelerator.device)
+    pipeline = load_results(args, dtype, accelerator.device).to(accelerator.device)
     embeds = embed_prompt(accelerator, pipeline.text_encoder if args.train_text_encoder else None, embeds)
     pipeline.transformer.eval()
     pictures = sample_pictures(
@@ -1694,6 +1888,9 @@ def memory_advice(args: Namespace) -> str:
         "--train_batch_size=1 with --gradient_accumulation_steps": args.train_batch_size > 1,
         "--mixed_precision=bf16": args.mixed_precision not in ("bf16", "fp16"),
         "--use_8bit_adam": args.optimizer.lower() == "adamw" and not args.use_8bit_adam,
+        "--full_bf16": not args.full_bf16,
+        "--fused_backward_pass": not args.fused_backward_pass,
+        "--optimizer=adafactor": args.optimizer.lower() != "adafactor",
         "--sample_batch_size=1": args.with_prior_preservation and args.sample_batch_size > 1,
         "a smaller --resolution": args.resolution > 512,
     }
@@ -1731,37 +1928,78 @@ def draw_normal(shape: torch.Size, seed: int, purpose: str, places: list[tuple])
     return torch.stack([torch.randn(shape, generator=generator_for(seed, purpose, *place)) for place in places])
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a copy from page-locked memory does not wait for what the device is busy with."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> dict[str, Any]:
-    """Turn a micro-batch into the tensors of `training_loss`, on the device."""
+    """Turn a micro-batch into the tensors of `training_loss`, on the device; a CLIP that is trained gets token ids."""
     args, data, seed = run.args, run.data, run.state.seed
-    device, keys = run.accelerator.device, batch["keys"]
+    move, keys = functools.partial(to_device, device=run.accelerator.device), batch["keys"]
     halves = ("instance", "class")[: len(batch["prompts"]) // len(keys)]
     places = [(half, key.epoch, key.position) for half in halves for key in keys]
     if "latents" in batch:
-        distribution = LatentDistribution(*(part.to(device, non_blocking=True) for part in batch["latents"]))
+        distribution = LatentDistribution(*map(move, batch["latents"]))
     else:
-        distribution = encode_pixels(data.vae, batch["pixels"])
+        distribution = encode_pixels(data.vae, move(batch["pixels"]))
     shape = distribution.mean.shape[1:]
-    posterior_noise = draw_normal(shape, seed, "posterior", places).to(device, non_blocking=True)
     generators = [generator_for(seed, "sigma", *place) for place in places]
     scheme = (args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
     embeds = [data.prompts[prompt] for prompt in batch["prompts"]]
-    if run.trained.text_encoder is None:
-        pooled = torch.stack([embed.pooled_prompt_embeds for embed in embeds]).to(device)
-    else:
-        pooled = pool_with_clip(run.trained.text_encoder, torch.stack([embed.clip_ids for embed in embeds]).to(device))
+    pooled = "pooled_prompt_embeds" if run.trained.text_encoder is None else "clip_ids"
     transformer = unwrap(run.accelerator, run.trained.transformer)
     return {
-        "latents": sample_latents(distribution, posterior_noise, data.shift_factor, data.scaling_factor),
-        "noise": draw_normal(shape, seed, "noise", places).to(device, non_blocking=True),
-        "sigmas": sample_sigmas(generators, sigma_table, *scheme).to(device),
-        "prompt_embeds": torch.stack([embed.prompt_embeds for embed in embeds]).to(device),
-        "pooled_prompt_embeds": pooled,
-        "guidance": make_guidance(transformer, args.guidance_scale, len(embeds), device),
-        "weights": batch["weights"].to(device),
+        "latents": sample_latents(
+            distribution, move(draw_normal(shape, seed, "posterior", places)), data.shift_factor, data.scaling_factor
+        ),
+        "noise": move(draw_normal(shape, seed, "noise", places)),
+        "sigmas": move(sample_sigmas(generators, sigma_table, *scheme)),
+        "prompt_embeds": torch.stack([move(embed.prompt_embeds) for embed in embeds]),
+        "pooled_prompt_embeds": torch.stack([move(getattr(embed, pooled)) for embed in embeds]),
+        "guidance": make_guidance(transformer, args.guidance_scale, len(embeds), run.accelerator.device),
+        "weights": move(batch["weights"]),
         "weighting_scheme": args.weighting_scheme,
         "prior_loss_weight": args.prior_loss_weight,
     }
+
+
+class Lookahead:
+    """Iterates over `items`; `load` fetches the next one early, while the device computes."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self.items, self.ready = items, []  # type: Iterator[Any], list[Any]
+
+    def __iter__(self) -> "Lookahead":
+        return self
+
+    def load(self) -> None:
+        if not self.ready:
+            self.ready = list(itertools.islice(self.items, 1))
+
+    def __next__(self) -> Any:
+        self.load()
+        if not self.ready:
+            raise StopIteration
+        return self.ready.pop()
+
+
+def backward(run: Run, loss: Tensor) -> None:
+    """The backward pass of a micro-batch; its `weights` make the mean over the step, and accelerate divides by both.
+
+    Raises:
+        RunError: with `--fused_backward_pass`, if the loss is not finite, before it reaches a weight.
+    """
+    if run.args.fused_backward_pass:
+        check_finite(run, run.accelerator.reduce(loss.detach(), reduction="sum").item(), 0.0)
+    run.accelerator.backward(loss * run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes)
+
+
+def clip_gradients(run: Run) -> Tensor | None:
+    """Clip the norm of all gradients to `--max_grad_norm`, unless the backward pass clipped; returns what it was."""
+    if run.args.fused_backward_pass:
+        return run.trained.optimizer.optimizer.take_norm()  # type: ignore[attr-defined]
+    return run.accelerator.clip_grad_norm_(run.trained.parameters, run.args.max_grad_norm or math.inf)
 
 
 @contextlib.contextmanager
@@ -1775,19 +2013,23 @@ def accumulate(accelerator: Accelerator, models: list[nn.Module], last: bool) ->
         yield
 
 
-def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) -> dict[str, float]:
-    """Log what an optimizer step did: `loss` is its mean over micro-batches and processes.
+def check_finite(run: Run, loss: float, norm: float) -> None:
+    """See that a loss and the norm of its gradient are numbers.
 
     Raises:
-        RunError: if the loss or its gradient is not a number any more.
+        RunError: if not, before a checkpoint is written.
     """
-    norm = 0.0 if grad_norm is None or run.accelerator.scaler else float(grad_norm)  # fp16's scaler skips such a step
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(
             f"the loss is {loss} at step {run.state.step}, its gradient's norm {norm}. Likely causes: --learning_rate "
             "too high, an fp16 overflow, or broken weights. Checkpoints written so far are good: resume from the last "
             "one with other flags"
         )
+
+
+def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) -> dict[str, float]:
+    """Log what an optimizer step did: `loss` is its mean over micro-batches and processes."""
+    check_finite(run, loss, 0.0 if grad_norm is None or run.accelerator.scaler else float(grad_norm))  # fp16 skips it
     values = {"loss": loss, "lr": run.trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
     if grad_norm is not None:
         values["grad_norm"] = float(grad_norm)
@@ -1819,7 +2061,6 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
         batch_sampler=schedule,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
         generator=generator_for(state.seed, "loader"),
         worker_init_fn=ignore_signals,
     )
@@ -1827,22 +2068,24 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
     start, total = time.perf_counter(), torch.zeros(2, device=accelerator.device)  # loss, and who wants to stop
     hidden = not accelerator.is_local_main_process
     progress = tqdm(initial=state.step, total=schedule.last_step, desc="Steps", disable=hidden)
-    for batch in loader:
-        last = batch["keys"][0].last
-        with accumulate(accelerator, trained.models, last):
+    batches = Lookahead((batch["keys"][0], prepare_inputs(run, batch, sigma_table)) for batch in loader)
+    for key, inputs in batches:
+        with accumulate(accelerator, trained.models, key.last):
             # What still draws from the global generator, dropout, is repeatable too.
-            torch.manual_seed(generator_for(state.seed, "dropout", *batch["keys"][0][:2]).initial_seed())
-            loss = training_loss(trained.transformer, **prepare_inputs(run, batch, sigma_table))
-            # `weights` make the mean over the step; accelerate divides by both of these.
-            accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+            torch.manual_seed(generator_for(state.seed, "dropout", key.epoch, key.position).initial_seed())
+            if trained.text_encoder is not None:
+                inputs["pooled_prompt_embeds"] = pool_with_clip(trained.text_encoder, inputs["pooled_prompt_embeds"])
+            loss = training_loss(trained.transformer, **inputs)
+            backward(run, loss)
             total[0] += loss.detach()
-        if not last:
+        if not key.last:
             continue
-        grad_norm = accelerator.clip_grad_norm_(trained.parameters, args.max_grad_norm or math.inf)
+        grad_norm = clip_gradients(run)
         trained.optimizer.step()
         trained.lr_scheduler.step()
         trained.optimizer.zero_grad()
         state.step += 1
+        batches.load()  # reading the loss waits for the device: the next inputs are made before
         total[1] = signals.pending()
         step_loss, stop = accelerator.reduce(total, reduction="sum").tolist()
         values = log_step(run, step_loss, grad_norm, time.perf_counter() - start)
@@ -1896,6 +2139,10 @@ def make_accelerator(args: Namespace) -> Accelerator:
             f"--mixed_precision is not given, and accelerate's configuration says {precision}, which cannot work here; "
             "give --mixed_precision=bf16 or no"
         )
+    if args.full_bf16 and precision != "bf16":
+        raise UsageError(f"--full_bf16 needs --mixed_precision=bf16, and accelerate's configuration says {precision}")
+    if args.fused_backward_pass and accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU"):
+        raise UsageError(f"--fused_backward_pass cannot step on {accelerator.distributed_type}'s shards; leave it out")
     for note in notes_on_args(args):
         logger.warning(note)
     if args.allow_tf32:
@@ -2033,17 +2280,26 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
 
 def prepare_training(args: Namespace, accelerator: Accelerator, seed: int) -> Trained:
     """Load what is trained, make its optimizer and schedule, and hand all of it to accelerate."""
-    transformer = load_transformer(args).to(accelerator.device)
-    text_encoder = load_text_encoder(args) if args.train_text_encoder else None
-    optimizer = make_optimizer(args, parameter_groups(args, transformer, text_encoder))
+    device = accelerator.device
+    transformer = load_transformer(args, device)
+    text_encoder = load_text_encoder(args).to(device) if args.train_text_encoder else None
+    compile_blocks(accelerator, transformer)
+    optimizer = make_optimizer(args, parameter_groups(args, transformer, text_encoder), seed)
     lr_scheduler = make_lr_scheduler(args, optimizer)
+    if args.fused_backward_pass:  # its optimizer averages over processes itself, in place of DDP
+        models = [model for model in (transformer, text_encoder) if model is not None]
+        accelerator._models += [accelerator.prepare_model(model, evaluation_mode=True) for model in models]
+        optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+        register_state_hooks(accelerator)
+        return Trained(transformer, text_encoder, optimizer, lr_scheduler)
     transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     if text_encoder is not None:
         text_encoder = accelerator.prepare(text_encoder)
     register_state_hooks(accelerator)
     trained = Trained(transformer, text_encoder, optimizer, lr_scheduler)
     count = sum(parameter.numel() for parameter in trained.parameters)
-    logger.info(f"Training {count:,} parameters in float32 under mixed precision {accelerator.mixed_precision}")
+    kinds = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained.parameters}))
+    logger.info(f"Training {count:,} parameters in {kinds} under mixed precision {accelerator.mixed_precision}")
     return trained
 
 

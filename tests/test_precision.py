@@ -239,9 +239,11 @@ def test_the_class_pictures_pipeline_is_gone_before_prompts_are_encoded(
 ) -> None:
     found: list[tuple[set[str], list[str]]] = []
     spy(monkeypatch, script, "encode_prompts", lambda *_: found.append((set(made), alive(made))))
+    spy(monkeypatch, script, "load_sampler", lambda *_: found.append((set(made), alive(made))))
     flags = ["--class_prompt=a dog", f"--class_data_dir={tmp_path / 'class'}", "--num_class_images=1"]
     run(script, "--with_prior_preservation", *flags)
-    assert found == [({"T5EncoderModel", "CLIPTextModel", "AutoencoderKL"}, [])]
+    encoders = {"T5EncoderModel", "CLIPTextModel"}
+    assert found == [(set(), []), (encoders, []), (encoders | {"AutoencoderKL"}, [])]
 
 
 @pytest.mark.usefixtures("counted_garbage")

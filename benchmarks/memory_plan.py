@@ -1,0 +1,381 @@
+"""How much device memory a training command will take, stage by stage: no GPU, no weights, no download.
+
+    python benchmarks/memory_plan.py train_dreambooth_lora_flux.py --pretrained_model_name_or_path=... FLAGS...
+
+The flags are read by the script's own parser. Shapes come from the checkpoint's configs if it is a local folder, else
+they are FLUX.1 [dev]'s. Weights, gradients and optimizer states are counted; activations are those of the script's own
+`training_loss`, run on tensors without memory. They are affine in the numbers of blocks of both kinds, so three small
+models tell those of the whole.
+"""
+
+import argparse
+import copy
+import functools
+import importlib.util
+import math
+import sys
+import weakref
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+import random_flux
+
+GIB = 1024**3
+CONTEXT = 0.8  # GiB that the driver, the libraries' workspaces and fragmentation take of a card: reported, not measured
+CARDS = {"12 GB": 12, "16 GB": 16, "24 GB": 24, "32 GB": 32, "48 GB": 48, "80 GB": 80, "141 GB": 141}
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # packed weights, 8-bit scales of blocks of 64, their scales of 256 of those
+BLOCK_KINDS = ("transformer_blocks", "single_transformer_blocks")
+REMEDIES = {  # what to change, in the order of what it costs
+    "lora": [
+        {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"cache_latents": True},
+        {"train_batch_size": 1}, {"sample_batch_size": 1}, {"base_quantization": "int8"}, {"base_quantization": "nf4"},
+        {"blocks_to_swap": 20}, {"blocks_to_swap": 40}, {"resolution": 512},
+    ],
+    "full": [
+        {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"cache_latents": True},
+        {"train_batch_size": 1}, {"sample_batch_size": 1}, {"use_8bit_adam": True}, {"full_bf16": True},
+        {"fused_backward_pass": True}, {"optimizer": "adafactor"}, {"resolution": 512},
+    ],
+}  # fmt: skip
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make while it is active, now and at the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return result
+
+    def add(self, tensor: Tensor, counted: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.live:
+            return
+        self.live.add(storage._cdata)
+        size = storage.nbytes() if counted else 0
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.remove, storage._cdata, size)
+
+    def remove(self, number: int, size: int) -> None:
+        self.live.discard(number)
+        self.now -= size
+
+
+def peak_of(models: list[nn.Module], run: Callable[[], Any]) -> int:
+    """Bytes at the most that `run` needs beside the weights of `models`, which come on the meta device."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        memory = PeakMemory()
+        for module in (module for model in models for module in model.modules()):
+            for name, value in module._parameters.items():
+                if value is not None:
+                    fake = torch.empty(value.shape, dtype=value.dtype)
+                    module._parameters[name] = nn.Parameter(fake, requires_grad=value.requires_grad)
+                    memory.add(fake, counted=False)
+            for name, value in module._buffers.items():
+                if value is not None:
+                    module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+                    memory.add(module._buffers[name], counted=False)
+        with memory:
+            run()
+    return memory.peak
+
+
+@dataclass
+class Plan:
+    """A command: its script, flags, and models without weights, by component."""
+
+    script: ModuleType
+    args: Namespace
+    models: dict[str, Any]
+
+    @property
+    def lora(self) -> bool:
+        return hasattr(self.script, "add_adapter")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.mixed_precision, torch.float32)
+
+
+@dataclass
+class Stage:
+    """What a stage keeps on the device, in bytes."""
+
+    name: str
+    weights: float
+    gradients: float = 0
+    states: float = 0
+    activations: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.states + self.activations
+
+
+def load_models(name: str) -> tuple[dict[str, Any], str]:
+    """The models of a checkpoint folder on the meta device, or FLUX.1 [dev]'s; and where the shapes are from."""
+    if not Path(name).is_dir():
+        return random_flux.make_meta_models("dev"), "FLUX.1 [dev]'s shapes"
+    with torch.device("meta"):
+        models: dict[str, Any] = {
+            kind: loader.from_config(loader.load_config(name, subfolder=kind))  # type: ignore[attr-defined]
+            for kind, loader in (("transformer", FluxTransformer2DModel), ("vae", AutoencoderKL))
+        }
+        models["text_encoder"] = CLIPTextModel(CLIPTextConfig.from_pretrained(name, subfolder="text_encoder"))
+        models["text_encoder_2"] = T5EncoderModel(T5Config.from_pretrained(name, subfolder="text_encoder_2"))
+    return models, f"the configs in {name}"
+
+
+def count_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def resized(transformer: Any, double: int, single: int) -> FluxTransformer2DModel:
+    """The transformer on the meta device with other numbers of blocks."""
+    config = dict(transformer.config) | {"num_layers": double, "num_single_layers": single}
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(config)
+
+
+def make_trained(plan: Plan, double: int, single: int) -> FluxTransformer2DModel:
+    """The transformer as the script trains it, on the meta device."""
+    args, transformer = plan.args, resized(plan.models["transformer"], double, single)
+    if plan.lora:
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(plan.dtype)
+        transformer.requires_grad_(False)
+        if args.base_quantization != "none":  # of NF4 too: what is kept and made in a step has int8's shapes
+            plan.script.quantize_base(transformer, "int8", torch.device("meta"))
+        targets = args.lora_layers.split(",") if args.lora_layers else plan.script.TRANSFORMER_TARGETS
+        plan.script.add_adapter(args, transformer, targets, 0)
+    elif args.full_bf16:
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer.train()
+
+
+def drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def run_step(plan: Plan, transformer: Any) -> None:
+    """Forward and backward pass of a micro-batch with the script's own loss; gradients of weights are not kept."""
+    args, config = plan.args, transformer.config
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(drop_gradient)
+    batch = args.train_batch_size * (2 if args.with_prior_preservation else 1)
+    side = args.resolution // 8
+    latents, noise = (torch.randn(batch, config.in_channels // 4, side, side) for _ in range(2))
+    embeds = torch.randn(batch, args.max_sequence_length, config.joint_attention_dim, dtype=plan.dtype)
+    pooled = torch.randn(batch, config.pooled_projection_dim, dtype=plan.dtype)
+    guidance = torch.ones(batch) if config.guidance_embeds else None
+    weights, sigmas = torch.ones(args.train_batch_size), torch.rand(batch)
+    with torch.autocast("cpu", dtype=plan.dtype, enabled=plan.dtype != torch.float32):
+        loss = plan.script.training_loss(transformer, latents, noise, sigmas, embeds, pooled, guidance, weights)
+    loss.backward()
+
+
+def activations(plan: Plan, known: dict[tuple, tuple[float, float]]) -> tuple[float, float]:
+    """Bytes of a step at its peak, beside weights and their gradients: in all, and without what is kept for later."""
+    args, config = plan.args, plan.models["transformer"].config
+    names = ["mixed_precision", "train_batch_size", "resolution", "gradient_checkpointing", "max_sequence_length"]
+    names += ["with_prior_preservation", "base_quantization", "full_bf16", "rank"]
+    key = tuple(getattr(args, name, None) for name in names)
+    if key not in known:
+        # Six single blocks: with fewer, the peak is not where the backward pass begins, and not affine.
+        models = [make_trained(plan, *size) for size in ((1, 6), (2, 6), (1, 7))]
+        small, double, single = (peak_of([model], functools.partial(run_step, plan, model)) for model in models)
+        internal = small - (double - small) - 6 * (single - small)
+        kept = config.num_layers * (double - small) + config.num_single_layers * (single - small)
+        known[key] = internal + kept, internal
+    return known[key]
+
+
+def frozen_bytes(plan: Plan, transformer: nn.Module) -> float:
+    """Bytes of the transformer's weights on the device, adapters included, as quantized and swapped."""
+    args, total, swappable = plan.args, 0.0, []
+    blocks = [*getattr(transformer, BLOCK_KINDS[0]), *getattr(transformer, BLOCK_KINDS[1])]
+    quantized = {
+        id(module.weight)
+        for name, module in transformer.named_modules()
+        if plan.lora and args.base_quantization == "nf4" and ".norm" not in name
+        if isinstance(module, plan.script.QuantizedLinear)
+    } if plan.lora else set()  # fmt: skip
+    for parameter in transformer.parameters():
+        total += parameter.numel() * (NF4_BYTES if id(parameter) in quantized else parameter.itemsize)
+    if plan.lora and args.blocks_to_swap:
+        for block in blocks:
+            frozen = (parameter for parameter in block.parameters() if not parameter.requires_grad)
+            swappable.append(sum(p.numel() * (NF4_BYTES if id(p) in quantized else p.itemsize) for p in frozen))
+        count = min(args.blocks_to_swap, len(blocks))
+        out = [swappable[number * len(blocks) // count] for number in range(count)]
+        total -= max(0.0, sum(out) - 2 * max(out))  # the one that runs and the one on its way stay
+    return total
+
+
+def state_bytes(plan: Plan, parameters: list[nn.Parameter]) -> float:
+    """Bytes of the optimizer's state, and of what the update of one weight takes beside it."""
+    args, count = plan.args, sum(parameter.numel() for parameter in parameters)
+    if args.optimizer.lower() == "prodigy":
+        total = 16.0 * count
+    elif args.optimizer.lower() == "adafactor":  # a row and a column of each matrix; vectors whole
+        total = 4.0 * sum(sum(p.shape[-2:]) if p.ndim > 1 else p.numel() for p in parameters)
+    elif args.use_8bit_adam:  # two bytes and the scales of blocks of 256; small tensors stay in float32
+        total = sum(p.numel() * (2 + 8 / 256) if p.numel() >= 4096 else 8.0 * p.numel() for p in parameters)
+    else:
+        total = 8.0 * count
+    largest = max(parameter.numel() for parameter in parameters)
+    alone = getattr(args, "full_bf16", False) or args.optimizer.lower() == "adafactor"
+    return total + (16.0 * largest if alone else 0.0)
+
+
+def decode_bytes(plan: Plan, count: int) -> int:
+    """Bytes that the VAE needs beside its weights to draw `count` pictures at once."""
+    vae, side = copy.deepcopy(plan.models["vae"]), plan.args.resolution // 8
+    dtype = torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32
+    for parameter in vae.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+    latents = (count, vae.config.latent_channels, side, side)
+    return peak_of([vae], functools.partial(decode, vae, latents, dtype))
+
+
+@torch.no_grad()
+def decode(vae: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    vae.decode(torch.randn(shape, dtype=dtype))
+
+
+def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Stage]:
+    """What each stage of the command keeps on the device."""
+    args, models, config = plan.args, plan.models, plan.models["transformer"].config
+    trained = make_trained(plan, config.num_layers, config.num_single_layers)
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    base = frozen_bytes(plan, trained)
+    vae = count_bytes(models["vae"], torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32)
+    clip = count_bytes(models["text_encoder"], plan.dtype)
+    stages = []
+    if args.with_prior_preservation:
+        drawn = base if plan.lora else count_bytes(models["transformer"], torch.bfloat16)
+        stages.append(Stage("class pictures", drawn + vae, activations=decode_bytes(plan, args.sample_batch_size)))
+    encoders = clip + count_bytes(models["text_encoder_2"], plan.dtype)
+    stages.append(Stage("text encoders", encoders, activations=0.02 * encoders))
+    whole, internal = activations(plan, known)
+    gradients = float(sum(parameter.numel() * parameter.itemsize for parameter in parameters))
+    states = state_bytes(plan, parameters)
+    if getattr(args, "fused_backward_pass", False):
+        gradients = float(max(parameter.numel() * parameter.itemsize for parameter in parameters))
+    # Kept activations go while gradients come, so the peak is at one end of the backward pass; only a second
+    # micro-batch finds gradients already there.
+    peak = gradients + whole if args.gradient_accumulation_steps > 1 else max(whole, gradients + internal)
+    resident = 0.0 if args.cache_latents else vae
+    if args.train_text_encoder:
+        resident += clip + (0.0 if plan.lora else 3.0 * clip)
+    stages.append(Stage("training", base + resident, gradients, states, max(0.0, peak - gradients)))
+    if args.validation_prompt:
+        decoded = float(decode_bytes(plan, 1))
+        stages.append(Stage("validation", base + vae, 0, states, decoded))
+        final = base if plan.lora else count_bytes(models["transformer"], plan.dtype)
+        stages.append(Stage("final pictures", final + vae + clip, activations=decoded))
+    return stages
+
+
+def peak_bytes(stages: list[Stage]) -> float:
+    return max(stage.total for stage in stages)
+
+
+def fits(stages: list[Stage], card: int) -> bool:
+    """Whether a card of `card` GB (10^9 bytes, as cards are sold, but in GiB by their drivers) holds every stage."""
+    return peak_bytes(stages) / GIB + CONTEXT <= card
+
+
+def find_remedy(plan: Plan, card: int, known: dict[tuple, tuple[float, float]]) -> list[str] | None:
+    """The flags to add, in order, until a card is enough; None if all of them are not."""
+    plan, added = Plan(plan.script, copy.copy(plan.args), plan.models), {}
+    for remedy in REMEDIES["lora" if plan.lora else "full"]:
+        (name, value), before = next(iter(remedy.items())), getattr(plan.args, next(iter(remedy)))
+        if (
+            before == value
+            or (name == "resolution" and before <= value)
+            or (name == "train_batch_size" and before == 1)
+        ):
+            continue
+        old = peak_bytes(plan_stages(plan, known))
+        setattr(plan.args, name, value)
+        if name == "blocks_to_swap":
+            plan.args.gradient_checkpointing = True
+        if peak_bytes(plan_stages(plan, known)) >= old and name != "fused_backward_pass":
+            setattr(plan.args, name, before)
+            continue
+        added[name] = f"--{name}" if value is True else f"--{name}={value}"
+        if fits(plan_stages(plan, known), card):
+            return list(added.values())
+    return None
+
+
+def load_script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise SystemExit(f"{path} is no script; give train_dreambooth_flux.py or train_dreambooth_lora_flux.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+    return script
+
+
+def print_table(stages: list[Stage]) -> None:
+    print(f"{'GiB':16s}{'weights':>10s}{'gradients':>11s}{'states':>9s}{'activations':>13s}{'sum':>8s}")
+    for stage in stages:
+        parts = (stage.weights, stage.gradients, stage.states, stage.activations, stage.total)
+        weights, gradients, states, kept, total = (part / GIB for part in parts)
+        print(f"{stage.name:16s}{weights:10.2f}{gradients:11.2f}{states:9.2f}{kept:13.2f}{total:8.2f}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", help="train_dreambooth_flux.py or train_dreambooth_lora_flux.py")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="the flags of the training command")
+    options = parser.parse_args(argv)
+    script = load_script(options.script)
+    args = script.parse_args(options.flags)
+    models, source = load_models(args.pretrained_model_name_or_path)
+    plan, known = Plan(script, args, models), {}  # type: Plan, dict[tuple, tuple[float, float]]
+    stages = plan_stages(plan, known)
+    print(f"Device memory of one process, by {source}; {CONTEXT} GiB more go to the driver and to fragmentation.")
+    print_table(stages)
+    print(f"\nNeeds {math.ceil(10 * (peak_bytes(stages) / GIB + CONTEXT)) / 10} GiB.")
+    for name, card in tqdm(CARDS.items(), desc="Cards", leave=False, delay=2, disable=not sys.stderr.isatty()):
+        if fits(stages, card):
+            print(f"  {name:8s} fits")
+            continue
+        remedy = find_remedy(plan, card, known)
+        print(f"  {name:8s} " + (f"would fit with {' '.join(remedy)}" if remedy else "does not fit on one card"))
+
+
+if __name__ == "__main__":
+    main()

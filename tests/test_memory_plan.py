@@ -1,0 +1,115 @@
+"""The memory plan counts what a run holds: weights, gradients and states to the byte, activations as a whole run."""
+
+import functools
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import train_dreambooth_flux as full
+import train_dreambooth_lora_flux as lora
+from benchmarks import memory_plan
+from conftest import Run
+
+FLUX = [
+    "--pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev",
+    "--instance_data_dir=dog",
+    "--instance_prompt=x",
+]
+
+
+def plan_of(script: ModuleType, *flags: str) -> memory_plan.Plan:
+    args = script.parse_args([*FLUX, *flags])
+    return memory_plan.Plan(script, args, memory_plan.load_models(args.pretrained_model_name_or_path)[0])
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (lora, []),
+        (lora, ["--mixed_precision=bf16"]),
+        (lora, ["--base_quantization=int8"]),
+        (lora, ["--optimizer=prodigy"]),
+        (full, []),
+        (full, ["--use_8bit_adam"]),
+        (full, ["--optimizer=adafactor"]),
+    ],
+)
+def test_weights_and_states_are_those_of_a_run(
+    script: ModuleType, flags: list[str], run: Run, monkeypatch: pytest.MonkeyPatch, tiny_flux: Path
+) -> None:
+    held: dict[str, float] = {}
+    save_results = script.save_results
+
+    def count(args: Any, accelerator: Any, trained: Any, dtype: Any) -> None:
+        model, states = trained.transformer, torch.utils._pytree.tree_leaves(trained.optimizer.state_dict()["state"])
+        held["weights"] = sum(p.numel() * p.itemsize for p in model.parameters())
+        held["states"] = sum(s.numel() * s.itemsize for s in states if isinstance(s, Tensor) and s.numel() > 1)
+        held["gradients"] = sum(p.numel() * 4 for p in trained.parameters)
+        save_results(args, accelerator, trained, dtype)
+
+    monkeypatch.setattr(script, "save_results", count)
+    run(script, *flags)
+    plan = plan_of(script, f"--pretrained_model_name_or_path={tiny_flux}", "--cache_latents", *flags)
+    training = next(stage for stage in memory_plan.plan_stages(plan, {}) if stage.name == "training")
+    assert training.weights == held["weights"]
+    assert training.gradients == held["gradients"]
+    if "adafactor" not in str(flags):
+        assert training.states == pytest.approx(
+            held["states"], rel=0.06
+        )  # tables of 8-bit codes, small on a real model
+
+
+@pytest.mark.parametrize("flags", [["--gradient_checkpointing"], []], ids=["checkpointing", "plain"])
+def test_activations_of_three_small_models_tell_those_of_a_whole_one(script: ModuleType, flags: list[str]) -> None:
+    plan = plan_of(script, *flags, "--train_batch_size=1", "--mixed_precision=bf16", "--resolution=256")
+    sizes = {"num_attention_heads": 2, "num_layers": 4, "num_single_layers": 9, "joint_attention_dim": 64}
+    with torch.device("meta"):
+        plan.models["transformer"] = type(plan.models["transformer"]).from_config(
+            dict(plan.models["transformer"].config) | sizes
+        )
+    whole = memory_plan.make_trained(plan, 4, 9)
+    found = memory_plan.peak_of([whole], functools.partial(memory_plan.run_step, plan, whole))
+    assert memory_plan.activations(plan, {})[0] == pytest.approx(found, rel=0.01)
+
+
+def test_flux_1_dev_takes_what_is_known_of_it() -> None:
+    """Figures that were computed from the model's shapes by hand."""
+    for flags, expected in {
+        ("--mixed_precision=bf16",): 22.17,
+        ("--mixed_precision=bf16", "--base_quantization=int8"): 11.2,
+        ("--mixed_precision=bf16", "--base_quantization=nf4"): 7.3,
+    }.items():
+        plan = plan_of(lora, *flags)
+        model = memory_plan.make_trained(plan, 19, 38)
+        adapters = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+        assert (memory_plan.frozen_bytes(plan, model) - adapters) / memory_plan.GIB == pytest.approx(expected, rel=0.01)
+
+
+def test_swapping_takes_blocks_off_the_device() -> None:
+    weights = []
+    for count in (0, 20):
+        plan = plan_of(lora, "--mixed_precision=bf16", f"--blocks_to_swap={count}", "--gradient_checkpointing")
+        weights.append(memory_plan.frozen_bytes(plan, memory_plan.make_trained(plan, 19, 38)))
+    assert 5 < (weights[0] - weights[1]) / memory_plan.GIB < 8
+
+
+def test_the_command_prints_stages_and_flags_that_make_it_fit(
+    script: ModuleType, tiny_flux: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_plan, "CARDS", {"tight": memory_plan.CONTEXT + 0.004, "large": 24})
+    command = [str(script.__file__), *FLUX, f"--pretrained_model_name_or_path={tiny_flux}", "--validation_prompt=x"]
+    memory_plan.main([*command, "--resolution=256", "--max_sequence_length=64"])
+    out = capsys.readouterr().out
+    for stage in ("text encoders", "training", "validation", "final pictures"):
+        assert re.search(rf"^{stage} +(\d+\.\d\d +){{4}}\d+\.\d\d$", out, re.MULTILINE)
+    assert "large    fits" in out
+    remedy = re.search(r"tight    would fit with (.*)", out)
+    if remedy:
+        script.parse_args([*FLUX, *remedy[1].split()])
+    else:
+        assert "tight    does not fit" in out
