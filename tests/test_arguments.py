@@ -24,7 +24,7 @@ SCHEDULES += ["piecewise_constant"]
 # In the help of both scripts: some flags, and the group in which a reader looks for them.
 GROUPS = {
     "model": ["--pretrained_model_name_or_path", "--revision", "--variant", "--cache_dir"],
-    "pictures and captions": ["--instance_data_dir", "--caption_column", "--repeats", "--resolution", "--random_flip"],
+    "pictures and captions": ["--instance_data_dir", "--caption_column", "--caption_extension", "--resolution"],
     "prior preservation": ["--with_prior_preservation", "--class_prompt", "--prior_loss_weight"],
     "training": ["--train_batch_size", "--max_train_steps", "--seed"],
     "memory and speed": ["--gradient_checkpointing", "--mixed_precision", "--attention_backend"],
@@ -147,7 +147,14 @@ def test_adapter_flags_belong_to_the_lora_script(script: ModuleType, capsys: pyt
 REFUSED: list[tuple[str, list[str]]] = [
     ("--instance_data_dir=", ["--instance_data_dir", "--dataset_name"]),
     ("--dataset_name=dogs", ["--instance_data_dir", "--dataset_name"]),
-    ("--caption_column=text", ["--caption_column", "--dataset_name"]),
+    ("--instance_prompt=", ["--instance_prompt", "--caption_column", "--caption_extension"]),
+    ("--caption_column=text --caption_extension=.txt", ["--caption_extension", "--caption_column"]),
+    (
+        "--instance_data_dir= --dataset_name=dogs --caption_extension=.txt",
+        ["--caption_extension", "--instance_data_dir"],
+    ),
+    ("--caption_extension=txt", ["--caption_extension", "'txt'", ".txt"]),
+    ("--caption_dropout=1", ["--caption_dropout", "1.0", "below 1"]),
     ("--with_prior_preservation --class_prompt=dog", ["--with_prior_preservation", "--class_data_dir"]),
     ("--with_prior_preservation --class_data_dir=pets", ["--with_prior_preservation", "--class_prompt"]),
     ("--validation_data_dir=held-out", ["--validation_data_dir", "--validation_loss"]),

@@ -220,7 +220,8 @@ TABLE: dict[str, tuple[Build, list[str]]] = {
     # flags
     "no source of pictures": (given("--instance_data_dir="), ["--instance_data_dir", "--dataset_name"]),
     "two sources of pictures": (given("--dataset_name=dogs"), ["--instance_data_dir", "--dataset_name", "both"]),
-    "a caption column of no dataset": (given("--caption_column=text"), ["--caption_column", "--dataset_name"]),
+    "no prompts": (given("--instance_prompt="), ["--instance_prompt", "--caption_column", "--caption_extension"]),
+    "a caption column of no table": (given("--caption_column=text"), ["--caption_column=text", "metadata.jsonl"]),
     "prior preservation without a folder": (given(*PRIOR), ["--with_prior_preservation", "--class_data_dir"]),
     "prior preservation without a prompt": (
         given("--with_prior_preservation", "--class_data_dir=class"),

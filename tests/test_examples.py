@@ -684,5 +684,5 @@ def test_rows_whose_picture_cannot_be_read_are_named(
     table = write_table(tmp_path / "table", rows, ["a dog"] * 4)
     found = script.pictures_in_dataset(flags(script, f"--dataset_name={table}", "--image_column=photo"))
     with pytest.raises(script.UsageError) as error:
-        script.check_pictures(found, 16)
+        script.check_pictures(found)
     assert re.findall(r"row \d", str(error.value)) == ["row 1", "row 3"]

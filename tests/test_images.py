@@ -193,12 +193,12 @@ def test_every_kind_of_picture_keeps_its_colours(script: ModuleType, tmp_path: P
 def test_the_shorter_side_becomes_the_resolution(
     script: ModuleType, size: tuple[int, int], resolution: int, resized: tuple[int, int]
 ) -> None:
-    assert script.resized_size(*size, resolution) == resized
+    assert script.resized_size(*size, (resolution, resolution)) == resized
 
 
 def test_resizing_keeps_the_aspect_to_a_pixel(script: ModuleType) -> None:
     for width, height in np.random.default_rng(1).integers(1, 5000, (500, 2)).tolist():
-        resized = script.resized_size(width, height, 64)
+        resized = script.resized_size(width, height, (64, 64))
         assert min(resized) == 64
         assert max(resized) == 64 * max(width, height) // min(width, height)
         assert (resized[0] >= resized[1]) == (width >= height)
@@ -208,18 +208,18 @@ def test_resizing_keeps_the_aspect_to_a_pixel(script: ModuleType) -> None:
 def test_a_centre_crop_leaves_the_same_on_both_sides(
     script: ModuleType, size: tuple[int, int], corner: tuple[int, int]
 ) -> None:
-    view = script.draw_view(*size, 32, True, False, script.generator_for("a"))
+    view = script.draw_view(*size, (32, 32), True, False, script.generator_for("a"))
     assert (view.left, view.top) == corner
 
 
 def test_a_centre_crop_of_an_odd_side_is_half_a_pixel_off(script: ModuleType) -> None:
     for width in (33, 35, 101):
-        view = script.draw_view(width, 32, 32, True, False, script.generator_for("a"))
+        view = script.draw_view(width, 32, (32, 32), True, False, script.generator_for("a"))
         assert abs(view.left - (width - 32) / 2) == 0.5
 
 
 def test_random_crops_lie_inside_and_reach_every_place(script: ModuleType) -> None:
-    views = [script.draw_view(35, 33, 32, False, False, script.generator_for(key)) for key in range(200)]
+    views = [script.draw_view(35, 33, (32, 32), False, False, script.generator_for(key)) for key in range(200)]
     assert {view.left for view in views} == {0, 1, 2, 3}
     assert {view.top for view in views} == {0, 1}
     assert not any(view.flip for view in views)
@@ -227,12 +227,12 @@ def test_random_crops_lie_inside_and_reach_every_place(script: ModuleType) -> No
 
 @pytest.mark.parametrize("center_crop", [True, False])
 def test_half_of_the_pictures_are_mirrored(script: ModuleType, center_crop: bool) -> None:
-    views = [script.draw_view(48, 32, 32, center_crop, True, script.generator_for(key)) for key in range(400)]
+    views = [script.draw_view(48, 32, (32, 32), center_crop, True, script.generator_for(key)) for key in range(400)]
     assert abs(sum(view.flip for view in views) - 200) < 50  # five standard deviations
 
 
 def test_pixels_run_from_minus_one_to_one(script: ModuleType) -> None:
-    pixels = script.to_pixels(Image.fromarray(grey(RAMP)), 16, script.View(0, 0, False), "lanczos")
+    pixels = script.to_pixels(Image.fromarray(grey(RAMP)), (16, 16), script.View(0, 0, False), "lanczos")
     assert pixels.dtype == torch.float32 and pixels.shape == (3, 16, 16)
     expected = (np.arange(256) - 127.5) / 127.5
     assert np.abs(pixels[1].reshape(-1).numpy() - expected).max() < 1e-6
@@ -241,21 +241,21 @@ def test_pixels_run_from_minus_one_to_one(script: ModuleType) -> None:
 
 def test_the_view_is_what_is_seen(script: ModuleType) -> None:
     colours = np.random.default_rng(2).integers(0, 256, (16, 24, 3), dtype=np.uint8)
-    seen = script.to_pixels(Image.fromarray(colours), 16, script.View(5, 0, False), "bicubic")
+    seen = script.to_pixels(Image.fromarray(colours), (16, 16), script.View(5, 0, False), "bicubic")
     assert np.abs(seen.permute(1, 2, 0).numpy() - (colours[:, 5:21] / 127.5 - 1)).max() < 1e-6
 
 
 def test_a_flip_mirrors_left_and_right(script: ModuleType) -> None:
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 30, 3), dtype=np.uint8))
-    plain, mirrored = (script.to_pixels(image, 16, script.View(0, 3, flip), "bilinear") for flip in (False, True))
+    plain, mirrored = (script.to_pixels(image, (16, 16), script.View(0, 3, flip), "bilinear") for flip in (False, True))
     assert np.array_equal(mirrored.numpy(), plain.numpy()[..., ::-1])
 
 
 def test_the_centre_of_the_picture_is_trained(script: ModuleType) -> None:
     colours = np.zeros((32, 96, 3), np.uint8)
     colours[:, 32:64] = 255
-    view = script.draw_view(96, 32, 32, True, False, script.generator_for("a"))
-    assert script.to_pixels(Image.fromarray(colours), 32, view, "nearest").min() == 1
+    view = script.draw_view(96, 32, (32, 32), True, False, script.generator_for("a"))
+    assert script.to_pixels(Image.fromarray(colours), (32, 32), view, "nearest").min() == 1
 
 
 def sinc(x: float) -> float:
@@ -296,7 +296,7 @@ def test_the_interpolation_mode_is_the_filter_of_that_name(script: ModuleType, m
     matrix = shrinking_matrix(mode, 48, 16)
     across = np.einsum("nw,hwc->hnc", matrix, colours).round().clip(0, 255)  # Pillow rounds in between as well
     expected = np.einsum("nh,hwc->nwc", matrix, across).clip(0, 255)
-    pixels = script.to_pixels(Image.fromarray(colours), 16, script.View(0, 0, False), mode)
+    pixels = script.to_pixels(Image.fromarray(colours), (16, 16), script.View(0, 0, False), mode)
     got = (pixels.permute(1, 2, 0).numpy() + 1) * 127.5
     assert np.abs(got - expected).max() <= 1.5  # the two roundings
 
@@ -323,7 +323,7 @@ def with_broken_files(tmp_path: Path) -> Path:
 
 def test_all_files_that_cannot_be_read_are_named_at_once(script: ModuleType, with_broken_files: Path) -> None:
     with pytest.raises(script.UsageError) as error:
-        script.check_pictures(read_folder(script, with_broken_files), 32)
+        script.check_pictures(read_folder(script, with_broken_files))
     told = str(error.value)
     assert [name for name in ("cut.jpg", "cut.png", "text.png", "empty.webp") if name not in told] == []
     assert "good.png" not in told
@@ -332,7 +332,7 @@ def test_all_files_that_cannot_be_read_are_named_at_once(script: ModuleType, wit
 def test_a_picture_with_a_broken_orientation_is_named(script: ModuleType, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "exif.png", exif=b"Exif\0\0not a TIFF header")
     with pytest.raises(script.UsageError, match=r"exif\.png"):
-        script.check_pictures(read_folder(script, tmp_path), 32)
+        script.check_pictures(read_folder(script, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -354,25 +354,62 @@ def test_good_pictures_pass_without_a_word(
     script: ModuleType, pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        script.check_pictures(read_folder(script, pictures), 60)
+        script.check_pictures(read_folder(script, pictures))
     assert caplog.messages == []
+
+
+def report(script: ModuleType, folder: Path, caplog: pytest.LogCaptureFixture, side: int) -> list[str]:
+    """The lines of the data report on a folder, trained at `side`."""
+    with caplog.at_level(logging.INFO, script.__name__):
+        script.report_pictures("instance", script.check_pictures(read_folder(script, folder)), [(side, side)])
+    (message,) = caplog.messages
+    return [line.strip() for line in message.splitlines()]
 
 
 def test_small_pictures_are_named_and_kept(
     script: ModuleType, pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        script.check_pictures(read_folder(script, pictures), 72)
-    (message,) = caplog.messages  # sides of 64, 64, 80, 72 and 60
-    assert [name for name in range(5) if f"dog_{name:02d}.png" in message] == [0, 1, 4]
-    assert "--resolution=72" in message
+    (line,) = [line for line in report(script, pictures, caplog, 72) if "enlarged" in line]
+    assert [name for name in range(5) if f"dog_{name:02d}.png" in line] == [0, 1, 4]  # sides of 64, 64, 80, 72 and 60
+
+
+def test_the_report_tells_how_much_of_each_picture_the_crop_loses(
+    script: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, size in {"tall": (32, 80), "square": (40, 40), "wide": (64, 48)}.items():
+        Image.effect_noise(size, 60).save(tmp_path / f"{name}.png")
+    first, *others = report(script, tmp_path, caplog, 32)
+    folder = tmp_path.name
+    assert first == "3 instance pictures"
+    # 32 of 80 rows, 32 of 42 columns, everything; the worst first
+    shares = f"{folder}/tall.png 60.0 %, {folder}/wide.png 23.8 %, {folder}/square.png 0.0 %"
+    assert others == [f"32x32: 3, cropped by 27.9 %: {shares}"]
+
+
+def test_a_picture_that_is_there_twice_in_other_files_is_reported(
+    script: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        coarse.resize((300, 200), Image.Resampling.BICUBIC).save(tmp_path / f"{name}.png")
+    with Image.open(tmp_path / "b.png") as image:
+        image.resize((150, 100)).point(lambda value: value * 0.8 + 20).save(tmp_path / "z.jpg", quality=60)
+    lines = [line for line in report(script, tmp_path, caplog, 32) if "duplicates" in line]
+    assert lines == [f"near duplicates: {tmp_path.name}/b.png = {tmp_path.name}/z.jpg"]
+
+
+def test_long_lists_of_a_report_are_cut_and_counted(script: ModuleType) -> None:
+    assert script.shorten(["a", "b", "c"], 3) == "a, b, c"
+    assert script.shorten(["a", "b", "c"], 1) == "a and 2 more"
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_an_epoch_has_each_picture_as_often_as_repeats_says(script: ModuleType, pictures: Path, repeats: int) -> None:
     args = argparse.Namespace(
-        repeats=repeats, resolution=32, image_interpolation_mode="box", center_crop=True, random_flip=False
-    )
+        repeats=repeats, resolution=32, image_interpolation_mode="box", center_crop=True, random_flip=False,
+        caption_dropout=0.0,
+    )  # fmt: skip
     dataset = script.DreamBoothDataset(read_folder(script, pictures), [], args, 0)
     schedule = script.MicroBatches(len(dataset), 2, 1, 0, 1, 0, 0, math.ceil(len(dataset) / 2))
     seen = Counter(dataset[key]["instance"]["pixels"].numpy().tobytes() for batch in schedule for key in batch)

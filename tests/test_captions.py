@@ -1,0 +1,197 @@
+"""Captions beside the pictures: off unless asked for, each with its own picture, and dropped as often as asked."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from conftest import Run
+
+ROWS = [("dog_03.png", "three, a dog"), ("dog_01.png", 'one "dog"'), ("dog_00.png", " zero\n")]  # 02 and 04 have none
+
+
+@pytest.fixture
+def folder(pictures: Path, tmp_path: Path) -> Path:
+    """The five pictures without captions."""
+    return Path(shutil.copytree(pictures, tmp_path / "dogs"))
+
+
+def write_files(folder: Path) -> list[str]:
+    for name, caption in ROWS:
+        (folder / name).with_suffix(".txt").write_text(caption)
+    (folder / "dog_04.txt").write_text("  \n")
+    (folder / "notes.txt").write_text("no caption")
+    return ["--caption_extension=.txt"]
+
+
+def write_jsonl(folder: Path) -> list[str]:
+    rows: list[dict[str, Any]] = [{"file_name": name, "words": caption} for name, caption in ROWS]
+    rows += [{"file_name": "dog_04.png", "words": None}, {"file_name": "missing.png", "words": "lost"}]
+    (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8-sig")
+    return ["--caption_column=words"]
+
+
+def write_csv(folder: Path) -> list[str]:
+    cells = ["words,file_name", 'one "dog",dog_01.png', '"three, a dog",dog_03.png', '" zero\n",dog_00.png']
+    cells[1] = '"one ""dog""",dog_01.png'
+    (folder / "metadata.csv").write_text("\n".join(cells) + "\n")
+    return ["--caption_column=words"]
+
+
+WRITERS = [write_files, write_jsonl, write_csv]
+WANTED = ["zero", 'one "dog"', None, "three, a dog", None]
+
+
+def parse(script: ModuleType, folder: Path, *flags: str) -> Any:
+    base = ["--pretrained_model_name_or_path=flux", f"--instance_data_dir={folder}", "--resolution=32"]
+    return script.parse_args([*base, *flags])
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_each_picture_has_its_caption_and_the_others_the_instance_prompt(
+    script: ModuleType, folder: Path, write: Callable[[Path], list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    args = parse(script, folder, *write(folder), "--instance_prompt=a sks dog")
+    with caplog.at_level(logging.WARNING):
+        found = script.list_pictures(args)["instance"]
+    assert [picture.prompt for picture in found] == [caption or "a sks dog" for caption in WANTED]
+    assert [picture.name for picture in found] == [f"dogs/dog_{number:02d}.png" for number in range(5)]
+    (warning,) = caplog.messages
+    assert "2 pictures" in warning and "dog_02.png, dog_04.png" in warning
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_pictures_with_neither_caption_nor_prompt_are_named_in_one_error(
+    script: ModuleType, folder: Path, write: Callable[[Path], list[str]]
+) -> None:
+    with pytest.raises(script.UsageError, match=r"--instance_prompt for these: dog_02\.png, dog_04\.png$"):
+        script.list_pictures(parse(script, folder, *write(folder)))
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_captions_that_nobody_asked_for_are_noted_and_not_used(
+    script: ModuleType, folder: Path, write: Callable[[Path], list[str]]
+) -> None:
+    write(folder)
+    args = parse(script, folder, "--instance_prompt=a sks dog")
+    assert [picture.prompt for picture in script.list_pictures(args)["instance"]] == ["a sks dog"] * 5
+    (note,) = script.notes_on_args(args)
+    assert "--caption_extension" in note and "--caption_column" in note
+    assert ("dog_03.txt" in note, "notes.txt" in note) == (write is write_files, False)
+
+
+def test_captions_in_use_are_not_noted(script: ModuleType, folder: Path) -> None:
+    assert list(script.notes_on_args(parse(script, folder, *write_files(folder)))) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({}, ["--caption_column=words", "metadata.jsonl", "metadata.csv"]),
+        ({"metadata.jsonl": b'{"file_name": "dog_00.png", "text": "a"}'}, ["words", "file_name, text"]),
+        ({"metadata.csv": b"file_name,text\ndog_00.png,a"}, ["words", "file_name, text"]),
+        ({"metadata.jsonl": b'{"words": "a dog"}'}, ["metadata.jsonl", "file_name"]),
+        ({"metadata.jsonl": b'{"file_name": "dog_00.png", '}, ["metadata.jsonl", "JSON"]),
+        ({"metadata.jsonl": b'["dog_00.png"]'}, ["metadata.jsonl"]),
+        ({"metadata.csv": b"file_name,words\ndog_00.png,\xff"}, ["metadata.csv", "UnicodeDecodeError"]),
+        ({"dog_00.txt": b"\xff\xfe"}, ["--caption_extension=.txt", "dog_00.txt", "UTF-8"]),
+    ],
+    ids=["none", "no column", "no column in csv", "no file_name", "cut", "no rows", "csv in Latin-1", "text in UTF-16"],
+)
+def test_captions_that_cannot_be_read_are_told_by_flag_and_file(
+    script: ModuleType, folder: Path, content: dict[str, bytes], words: list[str]
+) -> None:
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    flag = "--caption_extension=.txt" if "dog_00.txt" in content else "--caption_column=words"
+    with pytest.raises(script.UsageError) as error:
+        script.list_pictures(parse(script, folder, flag, "--instance_prompt=a sks dog"))
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_held_out_pictures_have_captions_too(script: ModuleType, folder: Path, pictures: Path) -> None:
+    flags = [
+        *write_jsonl(folder),
+        "--instance_prompt=a sks dog",
+        "--validation_loss",
+        f"--validation_data_dir={folder}",
+    ]
+    found = script.list_pictures(parse(script, folder, *flags))["validation"]
+    assert [picture.prompt for picture in found] == [caption or "a sks dog" for caption in WANTED]
+
+
+def dataset_of(script: ModuleType, folder: Path, dropout: float, seed: int = 0) -> Any:
+    args = parse(script, folder, "--instance_prompt=a sks dog", f"--caption_dropout={dropout}")
+    with_class = [script.Picture("class", lambda: Image.new("RGB", (32, 32)), "a dog")]
+    return script.DreamBoothDataset(script.list_pictures(args)["instance"], with_class, args, seed)
+
+
+def drawn_prompts(script: ModuleType, dataset: Any, half: str = "instance") -> list[str]:
+    """Prompts of 40 epochs of ten places."""
+    keys = [script.ExampleKey(epoch, place, place % 5, 1.0, True) for epoch in range(40) for place in range(10)]
+    return [dataset.draw_prompt(half, key.example % len(dataset.halves[half]), key.epoch, key.position) for key in keys]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
+def test_as_many_captions_are_left_out_as_asked_and_none_of_the_class(
+    script: ModuleType, folder: Path, share: float
+) -> None:
+    dataset = dataset_of(script, folder, share)
+    counts = Counter(drawn_prompts(script, dataset))
+    assert (
+        counts.keys() <= {"", "a sks dog"} and abs(counts[""] - 400 * share) <= 5 * (400 * share * (1 - share)) ** 0.5
+    )
+    assert set(drawn_prompts(script, dataset, "class")) == {"a dog"}
+    assert ("" in dataset.prompts) == (share > 0)
+
+
+def test_which_captions_are_left_out_is_the_seeds_and_the_places(script: ModuleType, folder: Path) -> None:
+    one, again, other = (drawn_prompts(script, dataset_of(script, folder, 0.5, seed)) for seed in (1, 1, 2))
+    assert one == again
+    assert 150 < sum(a == b for a, b in zip(one, other, strict=True)) < 250
+    assert len({tuple(one[start : start + 10]) for start in range(0, 400, 10)}) > 35  # each epoch draws anew
+
+
+@pytest.mark.parametrize("cached", [[], ["--cache_latents"]], ids=["pixels", "cached"])
+def test_a_run_on_captions_alone_trains_each_picture_with_its_own_embedding_or_the_empty_one(
+    script: ModuleType, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, cached: list[str]
+) -> None:
+    seen: set[tuple[int, str]] = set()
+    prepare_inputs = script.prepare_inputs
+
+    def record(run: Any, batch: dict[str, Any], *more: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = prepare_inputs(run, batch, *more)
+        for key, prompt, embeds in zip(batch["keys"], batch["prompts"], inputs["prompt_embeds"], strict=True):
+            seen.add((key.example, prompt))
+            assert bool((embeds == run.data.prompts[prompt].prompt_embeds).all())
+        return inputs
+
+    monkeypatch.setattr(script, "prepare_inputs", record)
+    for number in range(5):
+        (folder / f"dog_{number:02d}.txt").write_text(f"dog {number}")
+    flags = ["--instance_prompt=", f"--instance_data_dir={folder}", "--caption_extension=.txt", *cached]
+    output = run(script, *flags, "--caption_dropout=0.5", "--train_batch_size=5", "--max_train_steps=6")
+    assert seen == {(number, prompt) for number in range(5) for prompt in (f"dog {number}", "")}
+    assert "None" not in (output / "README.md").read_text()
+
+
+def test_prompts_that_an_encoder_cuts_are_counted_before_training(
+    script: ModuleType, run: Run, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, letters in enumerate((3, 11, 20, 74, 80)):  # the tiny tokenizers read letters, and add a mark or two
+        (folder / f"dog_{number:02d}.txt").write_text("s" * letters)
+    flags = ["--instance_prompt=", f"--instance_data_dir={folder}", "--caption_extension=.txt"]
+    with caplog.at_level(logging.INFO):
+        run(script, *flags, "--max_sequence_length=15", "--max_train_steps=1")
+    told = [message for message in caplog.messages if "prompts are cut" in message]
+    assert [message.split(" of ")[0] for message in told] == [
+        "1 prompts are cut: CLIP reads 77 tokens",
+        "3 prompts are cut: T5 (--max_sequence_length) reads 15 tokens",
+    ]
