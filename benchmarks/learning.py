@@ -7,7 +7,6 @@ LoRA script lowers the loss, at fixed noise and sigmas, of pictures that it neve
 """
 
 import argparse
-import functools
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -38,9 +37,11 @@ class Point(NamedTuple):
 def picture_latents(path: Path, vae: Any) -> torch.Tensor:
     """Packed latents (1, L, 4C) of a picture's centre."""
     script = train_dreambooth_flux
-    picture = script.Picture(path.name, functools.partial(Image.open, path), "")
-    _, pixels = script.see(picture, (SIDE, SIDE), "lanczos", True, False, torch.Generator())
-    mean = script.encode_pixels(vae, pixels[None]).mean
+    with Image.open(path) as stored:
+        image = script.to_rgb(stored)
+    size = (SIDE, SIDE)
+    view = script.draw_view(*script.resized_size(*image.size, size), size, True, False, torch.Generator())
+    mean = script.encode_pixels(vae, script.to_pixels(image, size, view, "lanczos")[None]).mean
     return script.pack_latents((mean - vae.config.shift_factor) * vae.config.scaling_factor)
 
 

@@ -154,6 +154,10 @@ REFUSED: list[tuple[str, list[str]]] = [
         ["--caption_extension", "--instance_data_dir"],
     ),
     ("--caption_extension=txt", ["--caption_extension", "'txt'", ".txt"]),
+    ("--aspect_ratio_buckets=wide", ["--aspect_ratio_buckets", "'wide'", "auto", "16"]),
+    ("--aspect_ratio_buckets=512,512;", ["--aspect_ratio_buckets", "'512,512;'", "height,width"]),
+    ("--aspect_ratio_buckets=512,500", ["--aspect_ratio_buckets", "'512,500'", "16"]),
+    ("--aspect_ratio_buckets=0,512", ["--aspect_ratio_buckets", "'0,512'", "16"]),
     ("--caption_dropout=1", ["--caption_dropout", "1.0", "below 1"]),
     ("--with_prior_preservation --class_prompt=dog", ["--with_prior_preservation", "--class_data_dir"]),
     ("--with_prior_preservation --class_data_dir=pets", ["--with_prior_preservation", "--class_prompt"]),
@@ -284,6 +288,8 @@ def test_all_mistakes_are_told_at_once(script: ModuleType, capsys: pytest.Captur
         ("--hub_model_id", "owner/name"),
         ("--optimizer", "Prodigy"),
         ("--mixed_precision", "bf16"),
+        ("--aspect_ratio_buckets", "16,1008"),
+        ("--aspect_ratio_buckets", "auto"),
     ],
 )
 def test_the_edge_of_a_range_is_inside(script: ModuleType, flag: str, value: Any) -> None:
@@ -291,6 +297,10 @@ def test_the_edge_of_a_range_is_inside(script: ModuleType, flag: str, value: Any
 
 
 NOTES: list[tuple[str, list[str]]] = [
+    (
+        "--aspect_ratio_buckets=auto --with_prior_preservation --class_data_dir=pets --class_prompt=dog",
+        ["--aspect_ratio_buckets", "class pictures", "cropped"],
+    ),
     ("--class_data_dir=pets", ["--class_data_dir", "--with_prior_preservation"]),
     ("--class_prompt=dog", ["--class_prompt", "--with_prior_preservation"]),
     ("--optimizer=prodigy --learning_rate=1 --use_8bit_adam", ["--use_8bit_adam", "prodigy"]),

@@ -465,7 +465,7 @@ def number_of(prompt: str) -> float:
 def cache_numbers(script: ModuleType, dataset: Any, deviation: float) -> None:
     """Instead of latents: the number of the prompt, spread by `deviation`."""
     dataset.cached = {
-        (half, index): script.LatentDistribution(
+        (half, index, (16, 16)): script.LatentDistribution(
             torch.full((16, 4, 4), number_of(picture.prompt)), torch.full((16, 4, 4), deviation)
         )
         for half, pictures in dataset.halves.items()
