@@ -103,6 +103,10 @@ def test_choices_are_those_of_the_list(script: ModuleType) -> None:
     assert {flag: choices(script, flag) for flag in wanted} == wanted
 
 
+def test_a_flow_shift_of_none_is_none(script: ModuleType) -> None:
+    assert parsed(script, "--flow_shift=none")["flow_shift"] is parsed(script)["flow_shift"] is None
+
+
 def test_other_choices_are_refused(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     limited = [row["flag"] for row in rows(script) if choices(script, row["flag"])]
     assert len(limited) >= 4
@@ -158,6 +162,9 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("--aspect_ratio_buckets=512,512;", ["--aspect_ratio_buckets", "'512,512;'", "height,width"]),
     ("--aspect_ratio_buckets=512,500", ["--aspect_ratio_buckets", "'512,500'", "16"]),
     ("--aspect_ratio_buckets=0,512", ["--aspect_ratio_buckets", "'0,512'", "16"]),
+    ("--flow_shift=0", ["--flow_shift", "'0'", "above 0"]),
+    ("--flow_shift=inf", ["--flow_shift", "'inf'", "dynamic"]),
+    ("--flow_shift=static", ["--flow_shift", "'static'", "dynamic"]),
     ("--caption_dropout=1", ["--caption_dropout", "1.0", "below 1"]),
     ("--with_prior_preservation --class_prompt=dog", ["--with_prior_preservation", "--class_data_dir"]),
     ("--with_prior_preservation --class_data_dir=pets", ["--with_prior_preservation", "--class_prompt"]),
@@ -290,6 +297,8 @@ def test_all_mistakes_are_told_at_once(script: ModuleType, capsys: pytest.Captur
         ("--mixed_precision", "bf16"),
         ("--aspect_ratio_buckets", "16,1008"),
         ("--aspect_ratio_buckets", "auto"),
+        ("--flow_shift", 3.0),
+        ("--flow_shift", "dynamic"),
     ],
 )
 def test_the_edge_of_a_range_is_inside(script: ModuleType, flag: str, value: Any) -> None:

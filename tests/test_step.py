@@ -3,12 +3,14 @@
 import functools
 import math
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from conftest import Run
@@ -159,6 +161,67 @@ def test_sigmas_are_drawn_by_the_scheme_each_with_its_own_generator(
     for seed, sigma in enumerate(sigmas.tolist()):
         place = reference_place(scheme, torch.Generator().manual_seed(seed), *numbers.values())
         assert sigma == pytest.approx(1 - math.floor(1000 * place) / 1000, abs=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_shift_comes_after_the_draw(script: ModuleType, sigma_table: Tensor, scheme: str) -> None:
+    drawn, shifted = (
+        script.sample_sigmas([torch.Generator().manual_seed(seed) for seed in range(200)], sigma_table, scheme, **shift)
+        for shift in ({}, {"shift": 2.5})
+    )
+    odds = shifted.double() / (1 - shifted.double())  # a shift multiplies the odds of noise
+    inner = drawn < 1
+    assert torch.allclose(odds[inner], 2.5 * (drawn.double() / (1 - drawn.double()))[inner], rtol=1e-3)
+    assert shifted.dtype == torch.float32 and torch.equal(shifted[~inner], drawn[~inner])
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 2304, 4096, 1500])
+def test_the_dynamic_shift_is_that_of_the_sampler_for_as_many_tokens(
+    script: ModuleType, tiny_flux: Path, tokens: int
+) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_flux, subfolder="scheduler")
+    shift = script.flow_shift("dynamic", tokens, scheduler.config)
+    steps = np.linspace(1.0, 1 / 28, 28)
+    scheduler.set_timesteps(sigmas=steps.tolist(), mu=calculate_shift(tokens, 256, 4096, 0.5, 1.15))
+    got = script.shift_sigmas(torch.from_numpy(steps), shift)
+    assert got.tolist() == pytest.approx(scheduler.sigmas[:-1].tolist(), rel=1e-5)
+
+
+def test_the_dynamic_shift_takes_the_schedulers_own_constants(script: ModuleType) -> None:
+    config = SimpleNamespace(base_shift=0.1, max_shift=0.9, base_image_seq_len=100, max_image_seq_len=300)
+    shifts = [math.log(script.flow_shift("dynamic", tokens, config)) for tokens in (100, 150, 300)]
+    assert shifts == pytest.approx([0.1, 0.3, 0.9])
+
+
+def test_without_a_shift_sigmas_are_bit_for_bit_those_of_the_table(script: ModuleType, sigma_table: Tensor) -> None:
+    assert script.flow_shift(None, 1024, None) == 1.0 and script.flow_shift(3, 1024, None) == 3.0
+    assert torch.equal(script.shift_sigmas(sigma_table, 1.0), sigma_table)
+
+
+@pytest.mark.parametrize(("flag", "buckets"), [("3", ""), ("dynamic", ""), ("dynamic", "32,32;64,32;32,64")])
+def test_a_run_shifts_what_it_would_have_drawn_by_each_pictures_tokens(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, flag: str, buckets: str
+) -> None:
+    drawn: list[tuple[int, float]] = []
+    training_loss = script.training_loss
+
+    def record(transformer: nn.Module, **inputs: Any) -> Tensor:
+        tokens = inputs["latents"].shape[2] * inputs["latents"].shape[3] // 4
+        drawn.extend((tokens, sigma) for sigma in inputs["sigmas"].tolist())
+        return training_loss(transformer, **inputs)
+
+    monkeypatch.setattr(script, "training_loss", record)
+    flags = ["--max_train_steps=5", f"--aspect_ratio_buckets={buckets}"]
+    run(script, *flags)
+    plain = list(drawn)
+    drawn.clear()
+    run(script, *flags, f"--flow_shift={flag}")
+    assert len({tokens for tokens, _ in plain}) == (2 if buckets else 1) and len(drawn) == 5
+    for (tokens, sigma), (same, shifted) in zip(plain, drawn, strict=True):
+        mu = 0.5 + 0.65 * (tokens - 256) / 3840
+        factor = 3 if flag == "3" else math.exp(mu)
+        assert same == tokens
+        assert shifted == pytest.approx(factor * sigma / (factor * sigma + 1 - sigma), rel=1e-5) and shifted != sigma
 
 
 @pytest.mark.parametrize(
