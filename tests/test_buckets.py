@@ -100,6 +100,11 @@ def test_among_buckets_of_one_shape_the_nearest_in_area_is_taken(script: ModuleT
     ]
 
 
+def test_nearness_is_a_factor_of_the_aspect_ratio(script: ModuleType) -> None:
+    sizes = [(512, 1024), (1024, 1024)]  # 0.5 and 1: the middle is 0.71, not 0.75
+    assert [script.nearest_size((width, 1000), sizes)[0] for width in (690, 730)] == [512, 1024]
+
+
 def test_a_resized_picture_covers_its_bucket_and_exceeds_it_one_way_only(script: ModuleType) -> None:
     rng = np.random.default_rng(1)
     for width, height, *bucket in np.concatenate(
