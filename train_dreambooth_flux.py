@@ -43,6 +43,7 @@ Where to edit what:
 
 import argparse
 import contextlib
+import csv
 import functools
 import gc
 import hashlib
@@ -62,7 +63,7 @@ import time
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +94,8 @@ from transformers.optimization import Adafactor
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".avif"}
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # as the package datasets has them, with a column file_name
+ASPECT_RATIOS = (1, 7 / 6, 4 / 3, 3 / 2, 7 / 4, 2, 5 / 2, 3)  # of automatic buckets, with their inverses
 PIXELS_PER_TOKEN = 16  # the VAE shrinks by 8, packing by 2: a side must be a multiple of this
 GIB = 1024**3
 LAUNCHER = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by `accelerate launch`
@@ -132,6 +135,14 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
+def parse_flow_shift(text: str) -> float | str | None:
+    """The value of `--flow_shift`: a number, "dynamic", or None for "none"."""
+    with contextlib.suppress(ValueError):
+        if text in ("none", "dynamic") or 0 < float(text) < math.inf:
+            return {"none": None, "dynamic": text}[text] if text.isalpha() else float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither none nor dynamic nor a number above 0")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -148,12 +159,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dataset_name", help="dataset with the pictures: a Hub name or a local folder")
     group.add_argument("--dataset_config_name", help="configuration of the dataset, if it has several")
     group.add_argument("--image_column", default="image", help="column of the dataset with the pictures")
-    group.add_argument(
-        "--caption_column", help="column with a prompt for each picture (default: --instance_prompt for all)"
-    )
-    group.add_argument("--instance_prompt", required=True, help="prompt with a rare word: 'a photo of sks dog'")
+    group.add_argument("--caption_column", help="captions: column of the dataset, or of metadata.jsonl or .csv")
+    group.add_argument("--caption_extension", help="captions: files beside the pictures, for example .txt")
+    group.add_argument("--caption_dropout", type=float, default=0.0, help="share of prompts to leave empty")
+    group.add_argument("--instance_prompt", help="prompt with a rare word for pictures without a caption")
     group.add_argument("--repeats", type=int, default=1, help="how often each picture is seen in an epoch")
     group.add_argument("--resolution", type=int, default=512, help="side of the square in pixels, a multiple of 16")
+    group.add_argument("--aspect_ratio_buckets", help="crop to one of 'height,width;...', or auto")
     group.add_argument("--center_crop", action="store_true", help="crop the centre; else a new random crop each epoch")
     group.add_argument("--random_flip", action="store_true", help="mirror half of the pictures, drawn anew each epoch")
     group.add_argument("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="resize filter")
@@ -212,6 +224,7 @@ def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weighting_scheme", default="none", choices=WEIGHTING_SCHEMES, help="how sigmas are drawn or losses weighted"
     )
+    group.add_argument("--flow_shift", type=parse_flow_shift, help="towards noise: a number above 1, or dynamic")
     group.add_argument("--logit_mean", type=float, default=0.0, help="mean for --weighting_scheme=logit_normal")
     group.add_argument("--logit_std", type=float, default=1.0, help="deviation for --weighting_scheme=logit_normal")
     group.add_argument("--mode_scale", type=float, default=1.29, help="scale for --weighting_scheme=mode")
@@ -282,6 +295,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def whole_tokens(pixels: float) -> int:
+    """The nearest side that the transformer can take."""
+    return max(1, round(pixels / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
+
+
 def range_problems(args: Namespace) -> Iterator[str]:
     """Numbers out of their range."""
     for name, value in vars(args).items():
@@ -299,7 +317,7 @@ def range_problems(args: Namespace) -> Iterator[str]:
         value = getattr(args, name)
         if value is not None and value < least:
             yield f"--{name} is {value}; give {least} or more"
-    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3"):
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "caption_dropout"):
         value = getattr(args, name)
         if value is not None and (value < 0 or value >= 1):
             yield f"--{name} is {value}; give a number from 0 to below 1"
@@ -308,24 +326,37 @@ def range_problems(args: Namespace) -> Iterator[str]:
     if args.logit_std <= 0:
         yield f"--logit_std is {args.logit_std}; give a number above 0"
     if args.resolution < PIXELS_PER_TOKEN or args.resolution % PIXELS_PER_TOKEN:
-        near = max(1, round(args.resolution / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
+        near = whole_tokens(args.resolution)
         yield f"--resolution is {args.resolution}; it must be a multiple of {PIXELS_PER_TOKEN}, {near} for example"
 
 
-def contradictions(args: Namespace) -> Iterator[str]:
-    """Flags that do not go together, and flags that miss another."""
+def data_contradictions(args: Namespace) -> Iterator[str]:
+    """Flags on pictures and captions that do not go together, and flags that miss another."""
     if not args.instance_data_dir and not args.dataset_name:
         yield "no pictures: give --instance_data_dir FOLDER or --dataset_name NAME"
     if args.instance_data_dir and args.dataset_name:
         yield "--instance_data_dir and --dataset_name are both given; give one of them"
-    if args.caption_column and not args.dataset_name:
-        yield "--caption_column names a column of a dataset; give --dataset_name too, or leave it out"
+    if not (args.instance_prompt or args.caption_column or args.caption_extension):
+        yield "no prompts: give --instance_prompt, or --caption_column or --caption_extension for captions"
+    if args.caption_extension and (args.caption_column or args.dataset_name):
+        yield "--caption_extension is for --instance_data_dir, without --caption_column; give one source of captions"
+    if args.caption_extension and not re.fullmatch(r"\.\w+", args.caption_extension):
+        yield f"--caption_extension is {args.caption_extension!r}; give the end of the files' names, such as .txt"
     if args.validation_data_dir and not args.validation_loss:
         yield "--validation_data_dir needs --validation_loss"
     if args.with_prior_preservation:
         for name in ("class_data_dir", "class_prompt"):
             if not getattr(args, name):
                 yield f"--with_prior_preservation needs --{name}"
+    buckets = args.aspect_ratio_buckets or "auto"
+    whole = all(whole_tokens(int(side)) == int(side) for side in re.findall(r"\d+", buckets))
+    if not whole or not re.fullmatch(r"auto|\d+,\d+(;\d+,\d+)*", buckets):
+        wanted = f"auto, or height,width;height,width in multiples of {PIXELS_PER_TOKEN}"
+        yield f"--aspect_ratio_buckets is {buckets!r}; give {wanted}"
+
+
+def contradictions(args: Namespace) -> Iterator[str]:
+    """Flags that do not go together, and flags that miss another."""
     if args.optimizer.lower() not in ("adamw", "adafactor", "prodigy"):
         yield f"--optimizer is {args.optimizer!r}; give AdamW, adafactor or prodigy"
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
@@ -371,7 +402,8 @@ def validate_args(args: Namespace) -> None:
     Raises:
         UsageError: with every problem found, a line each.
     """
-    problems = [*range_problems(args), *contradictions(args), *memory_problems(args), *missing_packages(args)]
+    problems = [*range_problems(args), *data_contradictions(args), *contradictions(args), *memory_problems(args)]
+    problems += missing_packages(args)
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision=fp16 needs a GPU; give bf16 or no")
     if problems:
@@ -393,6 +425,11 @@ def notes_on_args(args: Namespace) -> Iterator[str]:
         yield "--cache_latents: each picture's crop and flip are drawn once, not anew each epoch"
     if args.dataset_name and not args.caption_column:
         yield "no --caption_column: every picture is trained with --instance_prompt"
+    if args.aspect_ratio_buckets and args.with_prior_preservation:
+        yield "--aspect_ratio_buckets: class pictures, drawn square, are cropped to their instance picture's bucket"
+    unused = unused_captions(args)
+    if unused:
+        yield f"not used, for want of --caption_extension or --caption_column: {shorten(unused)}"
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -427,6 +464,9 @@ def generator_for(*key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+Size = tuple[int, int]  # width and height in pixels
+
+
 @dataclass(frozen=True)
 class Picture:
     """One picture and its prompt, which no shuffle can part. `open` returns it as it is stored."""
@@ -434,6 +474,8 @@ class Picture:
     name: str
     open: Callable[[], Image.Image]
     prompt: str
+    size: Size = (1, 1)  # upright; this and `look`, a difference hash, are found by `check_pictures`
+    look: int = 0
 
 
 def list_picture_files(folder: Path) -> list[Path]:
@@ -442,18 +484,76 @@ def list_picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
 
 
-def pictures_in_folder(flag: str, folder: str, prompt: str) -> list[Picture]:
-    """The pictures of a folder, all with the same prompt.
+def shorten(names: list[str], most: int = 20) -> str:
+    """The first names of a list for a message, and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def unused_captions(args: Namespace) -> list[str]:
+    """Files in `--instance_data_dir` that look like captions of its pictures, when no flag asks for captions."""
+    folder = Path(args.instance_data_dir or "")
+    if args.caption_column or args.caption_extension or not (args.instance_data_dir and folder.is_dir()):
+        return []
+    names = [*METADATA_FILES, *(path.with_suffix(".txt").name for path in list_picture_files(folder))]
+    return [name for name in names if (folder / name).is_file()]
+
+
+def read_captions(files: list[Path], extension: str | None, column: str | None) -> dict[str, str]:
+    """The captions of picture files of a folder, by the file's name: see `pictures_in_folder`.
 
     Raises:
-        UsageError: if `folder`, the value of `flag`, is missing or has no pictures.
+        UsageError: naming the file that is not there or cannot be read.
+    """
+    captions: dict[str, Any] = {}
+    source = files[0].parent
+    try:
+        if extension:
+            for file in files:
+                source = file.with_suffix(extension)
+                captions[file.name] = source.read_text(encoding="utf-8-sig") if source.is_file() else None
+        if column:
+            jsonl = (source / METADATA_FILES[0]).is_file()
+            source /= METADATA_FILES[not jsonl]
+            with source.open(encoding="utf-8-sig", newline="") as table:
+                rows = [json.loads(line) for line in table if line.strip()] if jsonl else list(csv.DictReader(table))
+            captions = {row["file_name"]: row.get(column) for row in rows}
+            if not any(column in row for row in rows):
+                raise KeyError(column)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        wanted = f"--caption_column={column} needs metadata.jsonl or metadata.csv with file_name and {column}"
+        wanted = wanted if column else f"--caption_extension={extension} needs text in UTF-8"
+        raise UsageError(f"{wanted}; {source}: {error!r}") from error
+    return {name: caption.strip() for name, caption in captions.items() if isinstance(caption, str)}
+
+
+def pictures_in_folder(
+    flag: str, folder: str, prompt: str, extension: str | None = None, column: str | None = None
+) -> list[Picture]:
+    """The pictures of a folder, each with its caption, or with `prompt` if it has none.
+
+    Captions stand in a file of their own, named like the picture but for its `extension`, or in a `column` of the
+    folder's metadata.jsonl or metadata.csv.
+
+    Raises:
+        UsageError: if `folder`, the value of `flag`, is missing or has no pictures, or some have no prompt at all.
     """
     if not Path(folder).is_dir():
         raise UsageError(f"{flag} is {folder!r}, which is not a folder; give the folder with the pictures")
     files = list_picture_files(Path(folder))
     if not files:
         raise UsageError(f"{flag} is {folder!r}, which has no picture files ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    return [Picture(f"{path.parent.name}/{path.name}", functools.partial(Image.open, path), prompt) for path in files]
+    captions = read_captions(files, extension, column)
+    missing = [path.name for path in files if not captions.get(path.name)]
+    if missing and not prompt:
+        told = f"{flag} is {folder!r}, where pictures have no caption"
+        raise UsageError(f"{told}; write them, or give --instance_prompt for these: {', '.join(missing)}")
+    if missing and (extension or column):
+        logger.warning(f"In {folder} {len(missing)} pictures take --instance_prompt for a caption: {shorten(missing)}")
+    prompts = {path: captions.get(path.name) or prompt for path in files}
+    return [
+        Picture(f"{path.parent.name}/{path.name}", functools.partial(Image.open, path), prompt)
+        for path, prompt in prompts.items()
+    ]
 
 
 def open_row(dataset: Any, row: int, column: str) -> Image.Image:
@@ -511,25 +611,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_pictures(pictures: list[Picture], minimum_side: int) -> None:
-    """Decode every picture once, before anything expensive.
+def difference_hash(image: Image.Image) -> int:
+    """64 bits: whether each of 8 x 8 places is brighter than its left neighbour; near duplicates differ in few."""
+    grey = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"))
+    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes())
+
+
+def check_pictures(pictures: list[Picture]) -> list[Picture]:
+    """Decode every picture once, before anything expensive; returns them with their sizes and looks.
 
     Raises:
         UsageError: naming all that cannot be read.
     """
-    broken, small = [], []
+    checked, broken = [], []
     for picture in tqdm(pictures, desc="Checking pictures", unit="picture", leave=False, delay=2):
         try:
-            with picture.open() as image:
-                to_rgb(image)
-                if min(image.size) < minimum_side:
-                    small.append(f"{picture.name} ({image.width}x{image.height})")
+            with picture.open() as stored:
+                image = to_rgb(stored)
+            checked.append(replace(picture, size=image.size, look=difference_hash(image)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             broken.append(f"{picture.name}: {error}")
     if broken:
         raise UsageError("pictures that cannot be read; replace or remove them:\n  " + "\n  ".join(broken))
-    if small:
-        logger.warning(f"Enlarged to --resolution={minimum_side}: {', '.join(small)}")
+    return checked
 
 
 class View(NamedTuple):
@@ -540,18 +644,36 @@ class View(NamedTuple):
     flip: bool
 
 
-def resized_size(width: int, height: int, resolution: int) -> tuple[int, int]:
-    """Width and height after the shorter side has become `resolution`."""
-    if width <= height:
-        return resolution, int(resolution * height / width)
-    return int(resolution * width / height), resolution
+def nearest_size(size: Size, sizes: list[Size]) -> Size:
+    """Which of `sizes` is nearest to `size` in log aspect ratio, and among equals in log area; all width, height."""
+    aspect, area = size[0] / size[1], math.prod(size)
+    return min(sizes, key=lambda at: (abs(math.log(aspect / (at[0] / at[1]))), abs(math.log(area / math.prod(at)))))
+
+
+def training_sizes(args: Namespace) -> list[Size]:
+    """What pictures are cropped to: the square of `--resolution`, or the sizes of `--aspect_ratio_buckets`."""
+    if not args.aspect_ratio_buckets:
+        return [(args.resolution, args.resolution)]
+    if args.aspect_ratio_buckets == "auto":
+        roots = [math.sqrt(ratio) for ratio in ASPECT_RATIOS]
+        wide = [(whole_tokens(args.resolution * root), whole_tokens(args.resolution / root)) for root in roots]
+        return list(dict.fromkeys([*wide, *((width, height) for height, width in wide)]))
+    pairs = (pair.split(",") for pair in args.aspect_ratio_buckets.split(";"))
+    return [(int(width), int(height)) for height, width in pairs]
+
+
+def resized_size(width: int, height: int, size: Size) -> Size:
+    """Width and height of a picture that was resized to cover `size`, its aspect kept."""
+    if width * size[1] <= height * size[0]:
+        return size[0], int(size[0] * height / width)
+    return int(size[1] * width / height), size[1]
 
 
 def draw_view(
-    width: int, height: int, resolution: int, center_crop: bool, random_flip: bool, generator: torch.Generator
+    width: int, height: int, size: Size, center_crop: bool, random_flip: bool, generator: torch.Generator
 ) -> View:
-    """Choose the crop of a resized picture of `width` x `height`, and whether to mirror it."""
-    spare = (width - resolution, height - resolution)
+    """Choose the crop to `size` of a resized picture of `width` x `height`, and whether to mirror it."""
+    spare = (width - size[0], height - size[1])
     if center_crop:
         left, top = (round(side / 2) for side in spare)
     else:
@@ -559,14 +681,46 @@ def draw_view(
     return View(left, top, random_flip and bool(torch.rand((), generator=generator) < 0.5))
 
 
-def to_pixels(image: Image.Image, resolution: int, view: View, mode: str) -> Tensor:
-    """Resize, crop and mirror an RGB picture into (3, resolution, resolution), float32 in [-1, 1]."""
+def to_pixels(image: Image.Image, size: Size, view: View, mode: str) -> Tensor:
+    """Resize, crop and mirror an RGB picture to `size`, width and height: (3, height, width), float32 in [-1, 1]."""
     resample = Image.Resampling[mode.upper()]
-    image = image.resize(resized_size(*image.size, resolution), resample)
-    image = image.crop((view.left, view.top, view.left + resolution, view.top + resolution))
+    image = image.resize(resized_size(*image.size, size), resample)
+    image = image.crop((view.left, view.top, view.left + size[0], view.top + size[1]))
     if view.flip:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def see(args: Namespace, picture: Picture, size: Size, generator: torch.Generator | None) -> tuple[View, Tensor]:
+    """What of a picture is trained at `size`, and its pixels. Without a generator: the centre, not mirrored."""
+    with picture.open() as stored:
+        image = to_rgb(stored)
+    center_crop, random_flip = args.center_crop or generator is None, args.random_flip and generator is not None
+    resized = resized_size(*image.size, size)
+    view = draw_view(*resized, size, center_crop, random_flip, generator or torch.Generator())
+    return view, to_pixels(image, size, view, args.image_interpolation_mode)
+
+
+def report_pictures(half: str, pictures: list[Picture], sizes: list[Size]) -> None:
+    """Log what there is of a half, how much of it a crop to the nearest of `sizes` loses, and what looks wrong."""
+    places: dict[Size, list[tuple[float, str]]] = {}
+    enlarged, alike = [], []
+    for number, picture in enumerate(pictures):
+        size = nearest_size(picture.size, sizes)
+        width, height = resized_size(*picture.size, size)
+        places.setdefault(size, []).append((100 - 100 * math.prod(size) / (width * height), picture.name))
+        if width > picture.size[0]:
+            enlarged.append("{} ({}x{})".format(picture.name, *picture.size))
+        twins = (other for other in pictures[:number] if (picture.look ^ other.look).bit_count() <= 6)
+        alike += [f"{other.name} = {picture.name}" for other in twins]
+    rows = [f"{len(pictures)} {half} pictures"]
+    for (width, height), found in sorted(places.items()):
+        mean = sum(share for share, _ in found) / len(found)
+        names = shorten([f"{name} {share:.1f} %" for share, name in sorted(found)[::-1]])
+        rows.append(f"{width}x{height}: {len(found)}, cropped by {mean:.1f} %: {names}")
+    rows += [f"enlarged: {shorten(enlarged)}"] if enlarged else []
+    rows += [f"near duplicates: {shorten(alike)}"] if alike else []
+    logger.info("\n  ".join(rows))
 
 
 class LatentDistribution(NamedTuple):
@@ -590,9 +744,9 @@ class ExampleKey(NamedTuple):
 class MicroBatches:
     """The micro-batches of one process from `first_step` to `last_step`, as lists of example keys.
 
-    An epoch is a shuffle of all examples. Each optimizer step takes the next processes x batch size x accumulation of
-    them, the last one of an epoch what is left; a process that gets nothing then runs a filler of weight zero.
-    Which examples make up a step does not depend on how they are split.
+    An epoch is a shuffle of all examples, cut into micro-batches. Each optimizer step takes the next processes x
+    accumulation of them, the last one of an epoch what is left; a process that gets nothing then runs a filler of
+    weight zero. With one bucket, which examples make up a step does not depend on how they are split.
     """
 
     examples: int
@@ -603,77 +757,77 @@ class MicroBatches:
     seed: int
     first_step: int
     last_step: int
+    buckets: list[Size] | None = None  # the size of each example; None: all the same
 
-    @property
-    def per_step(self) -> int:
-        return self.batch_size * self.accumulation * self.processes
-
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.examples / self.per_step)
+        return math.ceil(len(self.cut_epoch(0)) / (self.accumulation * self.processes))
+
+    def cut_epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """All micro-batches of an epoch, of one bucket each, as position and example; the small ones come last."""
+        order = torch.randperm(self.examples, generator=generator_for(self.seed, "order", epoch)).tolist()
+        full, growing = [], dict[Size | None, list[int]]()
+        for example in order:
+            bucket = self.buckets[example] if self.buckets else None
+            growing.setdefault(bucket, []).append(example)
+            if len(growing[bucket]) == self.batch_size:
+                full.append(growing.pop(bucket))
+        position = itertools.count()
+        return [[(next(position), example) for example in batch] for batch in [*full, *growing.values()]]
 
     def __iter__(self) -> Iterator[list[ExampleKey]]:
         for step in range(self.first_step, self.last_step):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            order = torch.randperm(self.examples, generator=generator_for(self.seed, "order", epoch)).tolist()
-            start = step_in_epoch * self.per_step
-            end = min(start + self.per_step, self.examples)
-            for first in range(start, end, self.batch_size * self.processes):
-                last = first + self.batch_size * self.processes >= end
-                own = first + self.process * self.batch_size
-                places = range(own, min(own + self.batch_size, end))
-                weight = 1 / (end - start) if places else 0.0
-                yield [ExampleKey(epoch, at, order[at], weight, last) for at in places or [first]]
+            if step == self.first_step or step_in_epoch == 0:
+                cut = self.cut_epoch(epoch)
+            start = step_in_epoch * self.accumulation * self.processes
+            batches = cut[start : start + self.accumulation * self.processes]
+            weight = 1 / sum(map(len, batches))
+            for first in range(0, len(batches), self.processes):
+                last, own = first + self.processes >= len(batches), first + self.process
+                if own < len(batches):
+                    yield [ExampleKey(epoch, *place, weight, last) for place in batches[own]]
+                else:
+                    yield [ExampleKey(epoch, *batches[first][0], 0.0, last)]
 
 
 class DreamBoothDataset(Dataset):
-    """Instance pictures, repeated, each paired with a class picture where there are any.
-
-    Args:
-        instance_pictures: the subject.
-        class_pictures: for prior preservation, or empty.
-        args: the run's flags on pictures.
-        seed: of crops and flips.
-    """
+    """Instance pictures, repeated, each paired with a class picture where there are any, as `args` say."""
 
     def __init__(
         self, instance_pictures: list[Picture], class_pictures: list[Picture], args: Namespace, seed: int
     ) -> None:
-        repeats = range(args.repeats)
-        self.halves = {"instance": [picture for picture in instance_pictures for _ in repeats]}
-        if class_pictures:
-            self.halves["class"] = class_pictures
-        self.resolution, self.mode = args.resolution, args.image_interpolation_mode
-        self.center_crop, self.random_flip, self.seed = args.center_crop, args.random_flip, seed
-        self.cached: dict[tuple[str, int], LatentDistribution] | None = None  # by half and index in it
+        instance, sizes = [picture for picture in instance_pictures for _ in range(args.repeats)], training_sizes(args)
+        self.halves = {"instance": instance} | ({"class": class_pictures} if class_pictures else {})
+        self.args, self.seed = args, seed
+        # Of each example: that of its instance picture, which the class picture is cropped to as well.
+        self.buckets = [nearest_size(instance[at % len(instance)].size, sizes) for at in range(len(self))]
+        self.cached: dict[tuple[str, int, Size], LatentDistribution] | None = None  # by half, index in it and bucket
 
     def __len__(self) -> int:
         return max(len(pictures) for pictures in self.halves.values())
 
     @property
     def prompts(self) -> list[str]:
-        """Every prompt of the pictures, once."""
-        return list(dict.fromkeys(picture.prompt for pictures in self.halves.values() for picture in pictures))
+        """Every prompt that a batch may have, once."""
+        prompts = [picture.prompt for pictures in self.halves.values() for picture in pictures]
+        return list(dict.fromkeys(prompts + ([""] if self.args.caption_dropout else [])))
 
-    def view_and_pixels(self, half: str, index: int, *place: int) -> tuple[View, Tensor]:
-        """The crop of a picture that is drawn for `place`, and its pixels."""
-        picture = self.halves[half][index]
-        with picture.open() as stored:
-            image = to_rgb(stored)
-        generator = generator_for(self.seed, "view", half, *place)
-        size = resized_size(*image.size, self.resolution)
-        view = draw_view(*size, self.resolution, self.center_crop, self.random_flip, generator)
-        return view, to_pixels(image, self.resolution, view, self.mode)
+    def view_and_pixels(self, half: str, index: int, size: Size, *place: int) -> tuple[View, Tensor]:
+        """The crop of a picture to `size` that is drawn for `place`, and its pixels."""
+        return see(self.args, self.halves[half][index], size, generator_for(self.seed, "view", half, *place))
 
     def __getitem__(self, key: ExampleKey) -> dict[str, Any]:
         example: dict[str, Any] = {"key": key}
+        size, drawn = self.buckets[key.example], generator_for(self.seed, "caption dropout", key.epoch, key.position)
+        dropped = {"instance"} if torch.rand((), generator=drawn) < self.args.caption_dropout else set()
         for half, pictures in self.halves.items():
             index = key.example % len(pictures)
+            example[half] = {"prompt": "" if half in dropped else pictures[index].prompt}
             if self.cached is None:
-                pixels = self.view_and_pixels(half, index, key.epoch, key.position)[1]
-                example[half] = {"prompt": pictures[index].prompt, "pixels": pixels}
+                example[half]["pixels"] = self.view_and_pixels(half, index, size, key.epoch, key.position)[1]
             else:
-                example[half] = {"prompt": pictures[index].prompt, "latents": self.cached[half, index]}
+                example[half]["latents"] = self.cached[half, index, size]
         return example
 
 
@@ -735,6 +889,12 @@ def encode_prompts(
     pipeline = FluxPipeline.from_pretrained(
         args.pretrained_model_name_or_path, transformer=None, vae=None, torch_dtype=dtype, **hub_options(args)
     ).to(accelerator.device)
+    lengths = {"CLIP": (pipeline.tokenizer, pipeline.tokenizer.model_max_length)}
+    lengths["T5 (--max_sequence_length)"] = (pipeline.tokenizer_2, args.max_sequence_length)
+    for reader, (tokenizer, most) in lengths.items():
+        cut = [repr(prompt[:60]) for prompt in prompts if len(tokenizer(prompt).input_ids) > most]
+        if cut:
+            logger.info(f"{len(cut)} prompts are cut: {reader} reads {most} tokens of {shorten(cut, 5)}")
     encoded = {}
     for prompt in tqdm(mine, desc="Encoding prompts", leave=False, delay=2, disable=not accelerator.is_main_process):
         embeds, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=args.max_sequence_length)
@@ -792,17 +952,18 @@ def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBo
     What is kept is the posterior, so that each step still draws a sample of its own. Repeats of a picture get crops
     and flips of their own; where they come out the same, they are encoded once.
     """
-    places = [(half, index) for half, pictures in dataset.halves.items() for index in range(len(pictures))]
-    mine, seen = places[accelerator.process_index :: accelerator.num_processes], {}
-    encoded: dict[tuple[str, int], LatentDistribution] = {}
+    examples = list(enumerate(dataset.buckets))
+    needed = ((half, at % len(part), size) for half, part in dataset.halves.items() for at, size in examples)
+    mine, seen = list(dict.fromkeys(needed))[accelerator.process_index :: accelerator.num_processes], {}
+    encoded: dict[tuple[str, int, Size], LatentDistribution] = {}
     bar = tqdm(mine, desc="Encoding pictures", leave=False, delay=2, disable=not accelerator.is_main_process)
-    for half, index in bar:
-        view, pixels = dataset.view_and_pixels(half, index, 0, index)
-        picture = (half, dataset.halves[half][index].name, view)
+    for half, index, size in bar:
+        view, pixels = dataset.view_and_pixels(half, index, size, 0, index)
+        picture = (half, dataset.halves[half][index].name, size, view)
         if picture not in seen:
             mean, std = encode_pixels(vae, pixels[None])
             seen[picture] = LatentDistribution(mean[0].cpu(), std[0].cpu())
-        encoded[half, index] = seen[picture]
+        encoded[half, index, size] = seen[picture]
     dataset.cached = gather_dicts(encoded)
 
 
@@ -821,6 +982,19 @@ def load_scheduler(args: Namespace) -> FlowMatchEulerDiscreteScheduler:
     )
 
 
+def flow_shift(setting: float | str | None, tokens: int, config: Any) -> float:
+    """The shift for a picture of L image tokens: "dynamic" is exp(mu) of FLUX.1's sampler, mu linear in L."""
+    if setting != "dynamic":
+        return 1.0 if setting is None else float(setting)
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Sigmas moved towards noise for a shift above 1; https://arxiv.org/abs/2403.03206, equation 23."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
 def sample_sigmas(
     generators: list[torch.Generator],
     sigma_table: Tensor,
@@ -828,11 +1002,12 @@ def sample_sigmas(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
     mode_scale: float = 1.29,
+    shift: float = 1.0,
 ) -> Tensor:
     """Draw one noise level a picture, with a generator each: (B,), float32.
 
     A place u in [0, 1) is drawn by the scheme (logit_normal and mode: https://arxiv.org/abs/2403.03206, section 3.1;
-    the others uniformly) and looked up in the scheduler's table, which falls from 1 to 1/1000.
+    the others uniformly) and looked up in the scheduler's table, which falls from 1 to 1/1000; then it is shifted.
     """
     places = [
         compute_density_for_timestep_sampling(
@@ -841,7 +1016,7 @@ def sample_sigmas(
         for generator in generators
     ]
     index = (torch.cat(places) * len(sigma_table)).long().clamp(0, len(sigma_table) - 1)
-    return sigma_table[index].float()
+    return shift_sigmas(sigma_table[index].float(), shift)
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
@@ -1193,6 +1368,7 @@ class TrainingData:
     scaling_factor: float
     validation: list[tuple[str, Tensor]]  # prompt and latents of the pictures of the validation loss
     facts: dict[str, Any]  # what a checkpoint remembers of the data
+    scheduler_config: Any = None  # the constants of --flow_shift=dynamic
 
 
 @dataclass
@@ -1614,11 +1790,8 @@ def encode_validation_pictures(
     """Prompt and latents (1, C, H, W) of each picture: centre crop, mean of the posterior, nothing random."""
     encoded = {}
     for number in range(accelerator.process_index, len(pictures), accelerator.num_processes):
-        with pictures[number].open() as stored:
-            image = to_rgb(stored)
-        size = resized_size(*image.size, args.resolution)
-        view = draw_view(*size, args.resolution, True, False, torch.Generator())
-        pixels = to_pixels(image, args.resolution, view, args.image_interpolation_mode)
+        size = nearest_size(pictures[number].size, training_sizes(args))
+        _, pixels = see(args, pictures[number], size, None)
         mean = encode_pixels(vae, pixels[None]).mean.cpu()
         latents = (mean - vae.config.shift_factor) * vae.config.scaling_factor
         encoded[number] = (pictures[number].prompt, latents)
@@ -1754,7 +1927,8 @@ def write_model_card(args: Namespace, repo_id: str, state: RunState) -> None:
     changed = {name: value for name, value in sorted(settings(args).items()) if value != parser.get_default(name)}
     rows = "\n".join(f"| `--{name}` | `{value}` |" for name, value in changed.items() if name != "output_dir")
     text_encoder = "CLIP was trained too" if args.train_text_encoder else "The text encoders were not trained"
-    prompt = args.validation_prompt or args.instance_prompt
+    trigger = f"`{args.instance_prompt}`" if args.instance_prompt else "the words of the captions"
+    prompt = args.validation_prompt or args.instance_prompt or "a prompt like the captions"
     body = f"""# {repo_id.split("/")[-1]}
 
 A DreamBooth {kind} of {link}, trained for {state.step} steps at {args.resolution} px.
@@ -1764,7 +1938,7 @@ A DreamBooth {kind} of {link}, trained for {state.step} steps at {args.resolutio
 
 ## Trigger words
 
-Use `{args.instance_prompt}` in the prompt.
+Use {trigger} in the prompt.
 
 ## Use it
 
@@ -1945,7 +2119,8 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> dict
         distribution = encode_pixels(data.vae, move(batch["pixels"]))
     shape = distribution.mean.shape[1:]
     generators = [generator_for(seed, "sigma", *place) for place in places]
-    scheme = (args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
+    shift = flow_shift(args.flow_shift, shape[-2] // 2 * (shape[-1] // 2), data.scheduler_config)
+    scheme = (args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale, shift)
     embeds = [data.prompts[prompt] for prompt in batch["prompts"]]
     pooled = "pooled_prompt_embeds" if run.trained.text_encoder is None else "clip_ids"
     transformer = unwrap(run.accelerator, run.trained.transformer)
@@ -2172,21 +2347,24 @@ def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
     Raises:
         UsageError: if there are none, or some cannot be read.
     """
+    captions = (args.instance_prompt, args.caption_extension, None if args.dataset_name else args.caption_column)
     pictures = {
         "instance": pictures_in_dataset(args)
         if args.dataset_name
-        else pictures_in_folder("--instance_data_dir", args.instance_data_dir, args.instance_prompt)
+        else pictures_in_folder("--instance_data_dir", args.instance_data_dir, *captions)
     }
     if args.validation_data_dir:
-        pictures["validation"] = pictures_in_folder(
-            "--validation_data_dir", args.validation_data_dir, args.instance_prompt
-        )
+        pictures["validation"] = pictures_in_folder("--validation_data_dir", args.validation_data_dir, *captions)
     folder = Path(args.class_data_dir or "")
     if args.with_prior_preservation and folder.exists() and not folder.is_dir():
         raise UsageError(f"--class_data_dir is {args.class_data_dir!r}, which is not a folder")
     if args.with_prior_preservation and folder.is_dir() and list_picture_files(folder):
         pictures["class"] = pictures_in_folder("--class_data_dir", args.class_data_dir, args.class_prompt)
-    check_pictures([picture for part in pictures.values() for picture in part], args.resolution)
+    checked = iter(check_pictures([picture for part in pictures.values() for picture in part]))
+    pictures = {half: [next(checked) for _ in part] for half, part in pictures.items()}
+    for half, part in pictures.items():
+        if half != "class" or not args.aspect_ratio_buckets:  # else each takes its instance picture's
+            report_pictures(half, part, training_sizes(args))
     return pictures
 
 
@@ -2253,8 +2431,8 @@ def prepare_data(
     args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, validation_pictures: list[Picture]
 ) -> TrainingData:
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
-    prompts = [*dataset.prompts, *(picture.prompt for picture in validation_pictures), args.validation_prompt]
-    prompts = list(dict.fromkeys(prompt for prompt in prompts if prompt))
+    prompts = [*dataset.prompts, *(picture.prompt for picture in validation_pictures)]
+    prompts = list(dict.fromkeys(prompts + ([args.validation_prompt] if args.validation_prompt else [])))
     with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
     with stage(args, accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):
@@ -2270,7 +2448,8 @@ def prepare_data(
         "precision": accelerator.mixed_precision,
         "pictures and prompts": f"{len(names)} ({zlib.crc32(json.dumps(names).encode()):08x})",
     }
-    return TrainingData(dataset, encoded, vae, config.shift_factor, config.scaling_factor, validation, facts)
+    factors, scheduler_config = (config.shift_factor, config.scaling_factor), load_scheduler(args).config
+    return TrainingData(dataset, encoded, vae, *factors, validation, facts, scheduler_config)
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -2314,9 +2493,7 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
         for change in changes_since(args, facts, data.facts):
             logger.warning(f"Changed since {checkpoint.name}, so this run is not the one it would have been: {change}")
     run = Run(args, accelerator, data, trained, state)
-    split = (accelerator.process_index, accelerator.num_processes)
-    sizes = (len(data.dataset), args.train_batch_size, args.gradient_accumulation_steps)
-    schedule = MicroBatches(*sizes, *split, state.seed, state.step, args.max_train_steps)
+    schedule = make_schedule(args, accelerator, data.dataset, state)
     if accelerator.is_main_process:
         (Path(args.output_dir) / RESULT_FILE).unlink(missing_ok=True)
     with stage(args, accelerator, "Training"), StopSignals() as signals:
@@ -2335,17 +2512,26 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
     accelerator.free_memory()
 
 
-def resolve_steps(args: Namespace, accelerator: Accelerator, examples: int) -> None:
+def make_schedule(
+    args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, state: RunState
+) -> MicroBatches:
+    """What this process trains in which step, from where the run stands."""
+    split = (accelerator.process_index, accelerator.num_processes)
+    sizes = (len(dataset), args.train_batch_size, args.gradient_accumulation_steps)
+    return MicroBatches(*sizes, *split, state.seed, state.step, args.max_train_steps, dataset.buckets)
+
+
+def resolve_steps(args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, state: RunState) -> None:
     """Fill in what follows from the data and the processes: `--max_train_steps`, and `--scale_lr`'s rate."""
     per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    steps_per_epoch = math.ceil(examples / per_step)
+    steps_per_epoch = make_schedule(args, accelerator, dataset, state).steps_per_epoch
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * steps_per_epoch
     if args.scale_lr:
         args.learning_rate *= per_step
         logger.info(f"--scale_lr: the learning rate is {args.learning_rate} for {per_step} examples a step")
     logger.info(
-        f"{examples} examples, {per_step} a step, {steps_per_epoch} steps an epoch, {args.max_train_steps} steps in all"
+        f"{len(dataset)} examples, {per_step} a step, {steps_per_epoch} steps an epoch, {args.max_train_steps} in all"
     )
 
 
@@ -2368,7 +2554,7 @@ def main(args: Namespace) -> None:
     pictures, resumed, repo_id = begin(args, accelerator)
     state = start_state(args, resumed)
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)
-    resolve_steps(args, accelerator, len(dataset))
+    resolve_steps(args, accelerator, dataset, state)
     if resumed is not None and finished_steps(args) >= args.max_train_steps:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         return
