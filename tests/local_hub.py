@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
+import yaml
+
 
 @dataclass
 class HubState:
@@ -21,6 +23,23 @@ class HubState:
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)  # name -> path -> content
     blobs: dict[str, bytes] = field(default_factory=dict)  # large files by sha256, before their commit
     cards: list[str] = field(default_factory=list)  # model cards that were sent for validation
+
+
+def card_errors(content: str) -> list[str]:
+    """What the Hub refuses of a model card's metadata: fields of the wrong kind, values that it does not know."""
+    data = yaml.safe_load(content.split("---")[1])
+    name = r"[\w.-]+(/[\w.-]+)?"
+    checks = {
+        "license": data["license"] in ("other", "apache-2.0", "mit"),
+        "license_name": re.fullmatch(r"[a-z0-9.-]+", data["license_name"]),
+        "license_link": re.fullmatch(r"LICENSE(\.md)?|https://\S+", data["license_link"]),
+        "pipeline_tag": data["pipeline_tag"] in ("text-to-image", "image-to-image"),
+        "library_name": isinstance(data["library_name"], str),
+        "base_model": re.fullmatch(name, data.get("base_model", "a/b")),
+        "tags": all(isinstance(tag, str) for tag in data["tags"]),
+        "widget": all(isinstance(entry["text"], str) and "url" in entry.get("output", {}) for entry in data["widget"]),
+    }
+    return [f'"{field}" is not valid' for field, valid in checks.items() if not valid]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -90,7 +109,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate_card(self, body: bytes) -> None:
         self.state.cards.append(json.loads(body)["content"])
-        self.answer({"errors": [], "warnings": []})
+        errors = [{"message": message} for message in card_errors(self.state.cards[-1])]
+        self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def plan_upload(self, body: bytes, _: str) -> None:
         files = json.loads(body)["files"]

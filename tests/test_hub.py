@@ -27,14 +27,15 @@ def test_the_result_arrives_and_checkpoints_and_logs_do_not(script: ModuleType, 
     assert (output / "checkpoint-5").is_dir() and (output / "logs").is_dir() and (output / "validation").is_dir()
     files = uploaded(hub)
     assert {path.split("/")[0] for path in files} <= {
-        "README.md", "image_0.png", ".gitattributes", "pytorch_lora_weights.safetensors", "model_index.json",
+        "README.md", "image_0.png", "contact_sheet.jpg", "loss_curve.png",
+        ".gitattributes", "pytorch_lora_weights.safetensors", "model_index.json",
         "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae",
     }  # fmt: skip
     weights = "pytorch_lora_weights.safetensors"
     if "lora" not in script.__name__:
         weights = "transformer/diffusion_pytorch_model.safetensors"
         assert (output / "model_index.json").read_bytes() == files["model_index.json"]
-    for name in (weights, "README.md", "image_0.png"):
+    for name in (weights, "README.md", "image_0.png", "contact_sheet.jpg", "loss_curve.png"):
         assert files[name] == (output / name).read_bytes()
 
 
