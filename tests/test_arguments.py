@@ -30,6 +30,7 @@ GROUPS = {
     "memory and speed": ["--gradient_checkpointing", "--mixed_precision", "--attention_backend"],
     "flow matching and prompts": ["--guidance_scale", "--weighting_scheme", "--max_sequence_length"],
     "optimizer and schedule": ["--optimizer", "--learning_rate", "--lr_scheduler", "--adam_beta1", "--prodigy_beta3"],
+    "average of the weights": ["--use_ema", "--ema_decay"],
     "validation": ["--validation_prompt", "--num_validation_images", "--validation_epochs"],
     "output, checkpoints and the Hub": ["--output_dir", "--checkpointing_steps", "--push_to_hub", "--hub_token"],
 }
@@ -209,6 +210,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("--adam_beta1=1", ["--adam_beta1", "1.0", "below 1"]),
     ("--adam_beta2=-0.1", ["--adam_beta2", "-0.1", "from 0"]),
     ("--prodigy_beta3=1.5", ["--prodigy_beta3", "1.5", "below 1"]),
+    ("--ema_decay=1", ["--ema_decay", "1.0", "below 1"]),
     ("--logit_std=0", ["--logit_std", "0.0", "above 0"]),
 ]
 REFUSED_ADAPTERS: list[tuple[str, list[str]]] = [
