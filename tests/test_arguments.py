@@ -218,6 +218,9 @@ REFUSED_ADAPTERS: list[tuple[str, list[str]]] = [
     ("--lora_alpha=0", ["--lora_alpha", "0", "1 or more"]),
     ("--lora_dropout=-0.1", ["--lora_dropout", "-0.1", "0 or more"]),
     ("--lora_dropout=1", ["--lora_dropout", "1.0", "below 1"]),
+    ("--use_dora --save_kohya_format", ["--use_dora", "--save_kohya_format"]),
+    ("--use_dora --train_text_encoder", ["--use_dora", "--train_text_encoder", "CLIP"]),
+    ("--use_dora --base_quantization=int8", ["--use_dora", "--base_quantization"]),
 ]
 
 
@@ -233,7 +236,7 @@ def test_what_cannot_work_is_refused_by_name(
 def test_adapters_that_cannot_work_are_refused_by_name(
     capsys: pytest.CaptureFixture[str], flags: str, words: list[str]
 ) -> None:
-    message = refusal(train_dreambooth_lora_flux, capsys, flags)
+    message = refusal(train_dreambooth_lora_flux, capsys, *flags.split())
     assert [word for word in words if word not in message] == []
 
 
@@ -378,7 +381,8 @@ def test_help_is_grouped_by_topic(script: ModuleType) -> None:
     sections = help_sections(script)
     assert sections.pop("options") == ["--help"]
     if "lora" in script.__name__:
-        assert sections.pop("adapters") == ["--rank", "--lora_alpha", "--lora_dropout", "--lora_layers"]
+        adapters = ["--rank", "--lora_alpha", "--lora_dropout", "--lora_layers"]
+        assert sections.pop("adapters") == [*adapters, "--use_rslora", "--use_dora", "--save_kohya_format"]
     assert sections.keys() == GROUPS.keys()
     assert {name: [flag for flag in flags if flag in sections[name]] for name, flags in GROUPS.items()} == GROUPS
 
