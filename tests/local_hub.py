@@ -19,6 +19,7 @@ class HubState:
     user: str = "tester"
     token: str | None = None  # refuse every other one
     refuse_commits: int = 0  # answer this many commits with a server error
+    drop_blobs: int = 0  # hang up on this many uploads of a large file
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Authorization
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)  # name -> path -> content
     blobs: dict[str, bytes] = field(default_factory=dict)  # large files by sha256, before their commit
@@ -136,6 +137,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"transfer": "basic", "objects": objects})
 
     def take_blob(self, body: bytes, oid: str) -> None:
+        if self.state.drop_blobs > 0:
+            self.state.drop_blobs -= 1
+            self.close_connection = True
+            return self.connection.close()
         if hashlib.sha256(body).hexdigest() != oid:
             return self.answer({"error": "damaged"}, 400)
         self.state.blobs[oid] = body
