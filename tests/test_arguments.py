@@ -29,8 +29,14 @@ GROUPS = {
     "training": ["--train_batch_size", "--max_train_steps", "--seed"],
     "memory and speed": ["--gradient_checkpointing", "--mixed_precision", "--attention_backend"],
     "flow matching and prompts": ["--guidance_scale", "--weighting_scheme", "--max_sequence_length"],
-    "optimizer and schedule": ["--optimizer", "--learning_rate", "--lr_scheduler", "--adam_beta1", "--prodigy_beta3"],
-    "average of the weights": ["--use_ema", "--ema_decay"],
+    "optimizer and schedule": [
+        "--optimizer",
+        "--learning_rate",
+        "--lr_scheduler",
+        "--adam_beta1",
+        "--prodigy_beta3",
+        "--use_ema",
+    ],
     "validation": ["--validation_prompt", "--num_validation_images", "--validation_epochs"],
     "output, checkpoints and the Hub": ["--output_dir", "--checkpointing_steps", "--push_to_hub", "--hub_token"],
 }
