@@ -12,7 +12,7 @@ DIFFERENT_ON_PURPOSE = {
     "add_output_arguments": "the default of --output_dir",
     "make_parser": "the group of adapter flags",
     "add_memory_arguments": "weights in bf16 and steps inside the backward pass need whole weights",
-    "range_problems": "the adapters' numbers",
+    "range_problems": "the adapters' numbers and kinds",
     "memory_problems": "other ways to save memory",
     "missing_packages": "NF4 needs bitsandbytes",
     "load_transformer": "adapters on a frozen base, or every weight",
@@ -51,6 +51,11 @@ ONLY_IN_ONE = {
     "add_adapter",
     "save_adapters",
     "save_weights",
+    "SINGLE_FILE",
+    "KOHYA_FILE",
+    "KOHYA_LAYERS",
+    "adapter_problems",
+    "to_kohya",
 }
 
 
