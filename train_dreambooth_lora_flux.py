@@ -59,11 +59,14 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import zlib
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +74,6 @@ from typing import Any, NamedTuple
 import accelerate
 import diffusers
 import numpy as np
-import peft
 import torch
 import transformers
 from accelerate import Accelerator
@@ -81,17 +83,19 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
+    EMAModel,
     cast_training_params,
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
 )
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageOps
-from safetensors.torch import load_file
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTextModel
 from transformers.optimization import Adafactor
 
@@ -104,11 +108,29 @@ PIXELS_PER_TOKEN = 16  # the VAE shrinks by 8, packing by 2: a side must be a mu
 GIB = 1024**3
 LAUNCHER = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by `accelerate launch`
 VALIDATION_SIGMAS = 8  # noise levels of the validation loss
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")  # whose versions a model card names
+CURVE_FILE = "loss_curve.png"
+LOG_SECONDS, SMOOTHED_STEPS = 30, 50  # between two lines in a log file; steps that a shown loss is the mean of
+SHEET_FILE, SHEET_ROWS, SHEET_CELL = "contact_sheet.jpg", 32, 256  # of validation pictures: most rows, pixels of a cell
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 ATTENTION_BACKENDS = [kind.value for kind in AttentionBackendName if "sage" not in kind.value]  # those have no backward
 SCHEDULES = [kind.value for kind in SchedulerType]
 WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+KOHYA_LAYERS = {  # kohya's layers, and those here that each of them fuses, in order
+    "transformer_blocks": {
+        "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"], "img_attn_proj": ["attn.to_out.0"],
+        "txt_attn_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"], "txt_attn_proj": ["attn.to_add_out"],
+        "img_mlp_0": ["ff.net.0.proj"], "img_mlp_2": ["ff.net.2"], "txt_mlp_0": ["ff_context.net.0.proj"],
+        "txt_mlp_2": ["ff_context.net.2"], "img_mod_lin": ["norm1.linear"], "txt_mod_lin": ["norm1_context.linear"],
+    },
+    "single_transformer_blocks": {
+        "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"], "linear2": ["proj_out"],
+        "modulation_lin": ["norm.linear"],
+    },
+}  # fmt: skip
+KIND, TAGS = "LoRA", ["lora", "template:sd-lora"]
 TRANSFORMER_TARGETS = [  # the attention and feed-forward layers of the double blocks, attention of the single blocks
     "attn.to_k",
     "attn.to_q",
@@ -144,6 +166,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class AddPrompt(argparse.Action):
+    """A flag that may be given several times: once is a text, more often a list of texts."""
+
+    def __call__(self, parser: Any, namespace: Namespace, value: Any, option_string: str | None = None) -> None:
+        given = getattr(namespace, self.dest)
+        earlier = given if isinstance(given, list) else [given] if given else []
+        setattr(namespace, self.dest, [*earlier, value] if earlier else value)
 
 
 def parse_bool(text: str) -> bool:
@@ -215,6 +246,9 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lora_alpha", type=int, default=4, help="adapters are scaled by lora_alpha / rank")
     group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout in front of the adapters")
     group.add_argument("--lora_layers", help="comma-separated ends of layer names (default: attention, feed-forward)")
+    group.add_argument("--use_rslora", action="store_true", help="scale by lora_alpha / sqrt(rank) instead")
+    group.add_argument("--use_dora", action="store_true", help="DoRA: magnitudes apart; only diffusers loads it")
+    group.add_argument("--save_kohya_format", action="store_true", help="a second file, for ComfyUI, Forge and kohya")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -280,13 +314,21 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prodigy_decouple", type=parse_bool, default=True, help="decoupled weight decay, as in AdamW")
     group.add_argument("--prodigy_use_bias_correction", type=parse_bool, default=True, help="Adam's bias correction")
     group.add_argument("--prodigy_safeguard_warmup", type=parse_bool, default=True, help="for a warm-up")
+    group.add_argument("--use_ema", action="store_true", help="average the weights; validation and the result use it")
+    group.add_argument("--ema_decay", type=float, default=0.99, help="about the last 1 / (1 - decay) steps count")
 
 
 def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("validation")
-    group.add_argument("--validation_prompt", help="prompt of the pictures drawn to watch the training")
-    group.add_argument("--num_validation_images", type=int, default=4, help="pictures each time")
+    group.add_argument(
+        "--validation_prompt", action=AddPrompt, help="of pictures drawn on the way; give it once or more"
+    )
+    group.add_argument("--num_validation_images", type=int, default=4, help="pictures of each prompt each time")
     group.add_argument("--validation_epochs", type=int, default=50, help="after the first epoch, then every so many")
+    group.add_argument("--validation_steps", type=int, help="also before the first step, then every so many steps")
+    group.add_argument("--validation_guidance_scale", type=float, default=3.5, help="guidance of the pictures")
+    group.add_argument("--validation_num_inference_steps", type=int, default=28, help="sampling steps of the pictures")
+    group.add_argument("--skip_final_inference", action="store_true", help="draw no pictures from the saved result")
     group.add_argument("--validation_loss", action="store_true", help="log the loss at fixed noise and sigmas as well")
     group.add_argument("--validation_data_dir", help="held-out pictures for it (default: those of the training)")
 
@@ -326,6 +368,16 @@ def whole_tokens(pixels: float) -> int:
     return max(1, round(pixels / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
 
 
+def adapter_problems(args: Namespace) -> Iterator[str]:
+    """Kinds of adapters that cannot be trained or written so."""
+    if args.use_dora and args.save_kohya_format:
+        yield "--save_kohya_format has no place for the magnitudes of --use_dora; leave one of them out"
+    if args.use_dora and args.train_text_encoder:
+        yield "--use_dora with --train_text_encoder: diffusers loads no magnitudes into CLIP; leave one of them out"
+    if args.use_dora and args.base_quantization != "none":
+        yield "--use_dora needs the norms of the base's weights; leave it or --base_quantization out"
+
+
 def range_problems(args: Namespace) -> Iterator[str]:
     """Numbers out of their range."""
     for name, value in vars(args).items():
@@ -335,6 +387,7 @@ def range_problems(args: Namespace) -> Iterator[str]:
         "repeats": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
         "max_train_steps": 1, "num_class_images": 1, "sample_batch_size": 1, "validation_epochs": 1,
         "num_validation_images": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1, "max_sequence_length": 1,
+        "validation_steps": 1, "validation_guidance_scale": 0, "validation_num_inference_steps": 1,
         "dataloader_num_workers": 0, "lr_warmup_steps": 0, "lr_num_cycles": 1, "prior_loss_weight": 0,
         "learning_rate": 0, "text_encoder_lr": 0, "adam_weight_decay": 0, "adam_weight_decay_text_encoder": 0,
         "max_grad_norm": 0, "adam_epsilon": 0,
@@ -344,12 +397,13 @@ def range_problems(args: Namespace) -> Iterator[str]:
         value = getattr(args, name)
         if value is not None and value < least:
             yield f"--{name} is {value}; give {least} or more"
-    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "caption_dropout"):
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "ema_decay", "caption_dropout"):
         value = getattr(args, name)
         if value is not None and (value < 0 or value >= 1):
             yield f"--{name} is {value}; give a number from 0 to below 1"
     if args.lora_dropout >= 1:
         yield f"--lora_dropout is {args.lora_dropout}; give a number from 0 to below 1"
+    yield from adapter_problems(args)
     if args.max_sequence_length > 512:
         yield f"--max_sequence_length is {args.max_sequence_length}; FLUX.1 reads at most 512 tokens"
     if args.logit_std <= 0:
@@ -371,12 +425,13 @@ def data_contradictions(args: Namespace) -> Iterator[str]:
         yield "--caption_extension is for --instance_data_dir, without --caption_column; give one source of captions"
     if args.caption_extension and not re.fullmatch(r"\.\w+", args.caption_extension):
         yield f"--caption_extension is {args.caption_extension!r}; give the end of the files' names, such as .txt"
-    if args.validation_data_dir and not args.validation_loss:
-        yield "--validation_data_dir needs --validation_loss"
-    if args.with_prior_preservation:
-        for name in ("class_data_dir", "class_prompt"):
-            if not getattr(args, name):
-                yield f"--with_prior_preservation needs --{name}"
+    needs = [
+        ("validation_data_dir", "validation_loss"),
+        ("with_prior_preservation", "class_data_dir"), ("with_prior_preservation", "class_prompt"),
+    ]  # fmt: skip
+    for name, other in needs:
+        if getattr(args, name) and not getattr(args, other):
+            yield f"--{name} needs --{other}: give it too, or leave --{name} out"
     buckets = args.aspect_ratio_buckets or "auto"
     whole = all(whole_tokens(int(side)) == int(side) for side in re.findall(r"\d+", buckets))
     if not whole or not re.fullmatch(r"auto|\d+,\d+(;\d+,\d+)*", buckets):
@@ -386,6 +441,8 @@ def data_contradictions(args: Namespace) -> Iterator[str]:
 
 def contradictions(args: Namespace) -> Iterator[str]:
     """Flags that do not go together, and flags that miss another."""
+    if args.validation_steps and not (args.validation_prompt or args.validation_loss):
+        yield "--validation_steps needs --validation_prompt or --validation_loss"
     if args.optimizer.lower() not in ("adamw", "adafactor", "prodigy"):
         yield f"--optimizer is {args.optimizer!r}; give AdamW, adafactor or prodigy"
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
@@ -465,6 +522,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     except UsageError as error:
         parser.error(str(error))
     return args
+
+
+def validation_prompts(args: Namespace) -> list[str]:
+    """The prompts of the validation pictures, however many there are."""
+    given = args.validation_prompt
+    return [prompt for prompt in (given if isinstance(given, list) else [given]) if prompt]
 
 
 def hub_options(args: Namespace, **extra: Any) -> dict[str, Any]:
@@ -648,7 +711,7 @@ def check_pictures(pictures: list[Picture]) -> list[Picture]:
         UsageError: naming all that cannot be read.
     """
     checked, broken = [], []
-    for picture in tqdm(pictures, desc="Checking pictures", unit="picture", leave=False, delay=2):
+    for picture in tqdm(pictures, desc="Checking pictures", unit="picture", leave=False, delay=2, disable=None):
         try:
             with picture.open() as stored:
                 image = to_rgb(stored)
@@ -911,7 +974,7 @@ def encode_prompts(
     if not mine:
         return gather_dicts({})
     pipeline = FluxPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, transformer=None, vae=None, torch_dtype=dtype, **hub_options(args)
+        args.pretrained_model_name_or_path, transformer=None, vae=None, dtype=dtype, **hub_options(args)
     ).to(accelerator.device)
     lengths = {"CLIP": (pipeline.tokenizer, pipeline.tokenizer.model_max_length)}
     lengths["T5 (--max_sequence_length)"] = (pipeline.tokenizer_2, args.max_sequence_length)
@@ -920,7 +983,9 @@ def encode_prompts(
         if cut:
             logger.info(f"{len(cut)} prompts are cut: {reader} reads {most} tokens of {shorten(cut, 5)}")
     encoded = {}
-    for prompt in tqdm(mine, desc="Encoding prompts", leave=False, delay=2, disable=not accelerator.is_main_process):
+    for prompt in tqdm(
+        mine, desc="Encoding prompts", leave=False, delay=2, disable=not accelerator.is_main_process or None
+    ):
         embeds, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=args.max_sequence_length)
         clip_ids = pipeline.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
         encoded[prompt] = PromptEmbeds(embeds[0].cpu(), pooled[0].cpu(), clip_ids[0])
@@ -941,7 +1006,7 @@ def load_vae(args: Namespace, accelerator: Accelerator) -> AutoencoderKL:
     """The frozen VAE: bfloat16 in a bf16 run, else float32 (in float16 its activations overflow)."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     vae = AutoencoderKL.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="vae", torch_dtype=dtype, **hub_options(args)
+        args.pretrained_model_name_or_path, subfolder="vae", dtype=dtype, **hub_options(args)
     )
     return vae.requires_grad_(False).eval().to(accelerator.device)
 
@@ -980,7 +1045,7 @@ def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBo
     needed = ((half, at % len(part), size) for half, part in dataset.halves.items() for at, size in examples)
     mine, seen = list(dict.fromkeys(needed))[accelerator.process_index :: accelerator.num_processes], {}
     encoded: dict[tuple[str, int, Size], LatentDistribution] = {}
-    bar = tqdm(mine, desc="Encoding pictures", leave=False, delay=2, disable=not accelerator.is_main_process)
+    bar = tqdm(mine, desc="Encoding pictures", leave=False, delay=2, disable=not accelerator.is_main_process or None)
     for half, index, size in bar:
         view, pixels = dataset.view_and_pixels(half, index, size, 0, index)
         picture = (half, dataset.halves[half][index].name, size, view)
@@ -1346,7 +1411,7 @@ def load_frozen_transformer(args: Namespace, dtype: torch.dtype, device: torch.d
     transformer = FluxTransformer2DModel.from_pretrained(
         args.pretrained_model_name_or_path,
         subfolder="transformer",
-        torch_dtype=dtype,
+        dtype=dtype,
         device_map=None if quantized else {"": device},
         **hub_options(args),
     ).requires_grad_(False)
@@ -1391,6 +1456,8 @@ def add_adapter(args: Namespace, model: Any, targets: list[str], seed: int) -> N
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         init_lora_weights="gaussian",
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
         target_modules=targets,
     )
     torch.manual_seed(seed)  # peft draws from the global generator
@@ -1467,6 +1534,8 @@ class RunState:
     step: int  # optimizer steps done
     seed: int
     untrained_loss: float | None = None  # the validation loss before the first step
+    losses: list[float] = field(default_factory=list)  # of each step, for the model card
+    seconds: float = 0.0  # that the steps took
 
 
 @dataclass
@@ -1491,6 +1560,7 @@ class Trained:
     text_encoder: nn.Module | None
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
+    ema: EMAModel | None = None  # with `--use_ema`
 
     @property
     def models(self) -> list[nn.Module]:
@@ -1499,6 +1569,19 @@ class Trained:
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, what is trained has the average of its weights, if there is one; after, exactly what it had."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
 
 
 @dataclass
@@ -1522,6 +1605,7 @@ PARTIAL, OLD = ".flux-partial", ".flux-old"  # ends of names that are being writ
 FREE_TO_CHANGE = {  # flags that may differ between a run and its resumption without changing the training
     "output_dir", "logging_dir", "report_to", "resume_from_checkpoint", "checkpointing_steps",
     "checkpoints_total_limit", "max_train_steps", "num_train_epochs", "num_validation_images", "validation_epochs",
+    "validation_steps", "validation_guidance_scale", "validation_num_inference_steps", "skip_final_inference",
     "validation_prompt", "validation_loss", "validation_data_dir", "push_to_hub", "hub_model_id", "cache_dir",
     "local_rank", "seed", "dataloader_num_workers", "upcast_before_saving", "sample_batch_size",
 }  # fmt: skip
@@ -1643,14 +1727,9 @@ def check_fits(args: Namespace, path: Path, facts: dict[str, Any]) -> None:
     """
     before, now = facts["args"], settings(args)
     names = (
-        "train_text_encoder",
-        "optimizer",
-        "use_8bit_adam",
-        "rank",
-        "lora_layers",
-        "full_bf16",
+        "train_text_encoder", "use_ema", "optimizer", "use_8bit_adam", "rank", "lora_layers", "use_dora", "full_bf16",
         "fused_backward_pass",
-    )
+    )  # fmt: skip
     changed = [name for name in names if str(before.get(name)).lower() != str(now.get(name)).lower()]
     if changed:
         wanted = ", ".join(f"--{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
@@ -1669,9 +1748,10 @@ def changes_since(args: Namespace, facts: dict[str, Any], data: dict[str, Any]) 
 def checkpoint_bytes(trained: Trained) -> int:
     """About what a checkpoint takes on the disk: float32 weights and the optimizer's state."""
     states = torch.utils._pytree.tree_leaves(trained.optimizer.state_dict())
+    copies = 1 if trained.ema is None else 2
     return (
         2**20
-        + sum(4 * parameter.numel() for parameter in trained.parameters)
+        + copies * sum(4 * parameter.numel() for parameter in trained.parameters)
         + sum(value.nbytes for value in states if isinstance(value, Tensor))
     )
 
@@ -1780,8 +1860,15 @@ def load_sampler(args: Namespace, transformer: FluxTransformer2DModel, dtype: to
     """The pipeline of the base model around `transformer`, without text encoders: their embeddings are at hand."""
     left_out = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     return FluxPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, transformer=transformer, torch_dtype=dtype, **left_out, **hub_options(args)
+        args.pretrained_model_name_or_path, transformer=transformer, dtype=dtype, **left_out, **hub_options(args)
     )
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG or JPEG that is whole or not there."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    picture.save(partial, format="PNG" if path.suffix == ".png" else "JPEG", quality=92)
+    partial.replace(path)
 
 
 @torch.no_grad()
@@ -1805,7 +1892,8 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
         pipeline.vae.to(accelerator.device)
         pipeline.set_progress_bar_config(disable=True)
         embeds, pooled = (part[None].to(accelerator.device, dtype) for part in encoded[args.class_prompt][:2])
-        bar = tqdm(total=len(mine), desc="Generating class pictures", disable=not accelerator.is_local_main_process)
+        hidden = not accelerator.is_local_main_process or None  # None: where there is no terminal
+        bar = tqdm(total=len(mine), desc="Generating class pictures", disable=hidden)
         for start in range(0, len(mine), args.sample_batch_size):
             part = mine[start : start + args.sample_batch_size]
             pictures = pipeline(
@@ -1816,9 +1904,7 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
                 generator=[generator_for(seed, "class picture", number) for number in part],
             ).images
             for number, picture in zip(part, pictures, strict=True):
-                partial = folder / f".class_{number:05d}{PARTIAL}"
-                picture.save(partial, format="PNG")
-                partial.replace(folder / f"class_{number:05d}.png")
+                save_picture(picture, folder / f"class_{number:05d}.png")
             bar.update(len(part))
         bar.close()
     accelerator.wait_for_everyone()
@@ -1830,29 +1916,32 @@ def sample_pictures(
     accelerator: Accelerator,
     transformer: FluxTransformer2DModel,
     vae: AutoencoderKL,
-    embeds: PromptEmbeds,
+    embeds: list[PromptEmbeds],
     seed: int,
     desc: str,
 ) -> list[Image.Image]:
-    """Draw `--num_validation_images` pictures, the processes sharing the work; all of them on the main process.
+    """Draw `--num_validation_images` pictures of each prompt, the processes sharing the work; all on the main process.
 
     At the training's resolution and text length, from the same noise every time. The transformer is used as it is:
     neither cast nor moved.
     """
     pipeline = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
     pipeline.set_progress_bar_config(disable=True)
-    numbers = range(accelerator.process_index, args.num_validation_images, accelerator.num_processes)
+    images = args.num_validation_images
+    numbers = range(accelerator.process_index, images * len(embeds), accelerator.num_processes)
     dtype = transformer.dtype if not transformer.training else torch.float32
     was_training = transformer.training
     transformer.eval()
     pictures = {}
-    for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process):
+    for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
         latents = pipeline(
-            prompt_embeds=embeds.prompt_embeds[None].to(accelerator.device, dtype),
-            pooled_prompt_embeds=embeds.pooled_prompt_embeds[None].to(accelerator.device, dtype),
+            prompt_embeds=embeds[number // images].prompt_embeds[None].to(accelerator.device, dtype),
+            pooled_prompt_embeds=embeds[number // images].pooled_prompt_embeds[None].to(accelerator.device, dtype),
             height=args.resolution,
             width=args.resolution,
-            generator=generator_for(seed, "validation", number),
+            guidance_scale=args.validation_guidance_scale,
+            num_inference_steps=args.validation_num_inference_steps,
+            generator=generator_for(seed, "validation", number % images),
             output_type="latent",
         ).images
         pictures[number] = decode_latents(vae, latents, args.resolution)
@@ -1882,10 +1971,33 @@ def embed_prompt(accelerator: Accelerator, text_encoder: nn.Module | None, embed
     return embeds._replace(pooled_prompt_embeds=pooled[0].cpu())
 
 
+def draw_contact_sheet(args: Namespace, folder: Path, step: int) -> Image.Image:
+    """The pictures in `folder` up to `step` on one sheet: steps down, prompts across; long runs thinned evenly."""
+    cells = {tuple(map(int, path.stem.split("_")[1:])): path for path in folder.glob("step_*_*.png")}
+    steps = sorted({at for at, _ in cells if at <= step})
+    rows = sorted({steps[round(row * (len(steps) - 1) / (SHEET_ROWS - 1))] for row in range(SHEET_ROWS)})
+    prompts, font, label, header = validation_prompts(args), ImageFont.load_default(16), 64, 48
+    columns = len(prompts) * args.num_validation_images
+    sheet = Image.new("RGB", (label + columns * SHEET_CELL, header + len(rows) * SHEET_CELL), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column in range(columns):
+        title = textwrap.fill(prompts[column // args.num_validation_images], 30, max_lines=2, placeholder=" …")
+        draw.text((label + column * SHEET_CELL + 4, 4), title, "black", font)
+    for row, at in enumerate(rows):
+        draw.text((label - 8, header + (row + 0.5) * SHEET_CELL), str(at), "black", font, anchor="rm")
+        for column in range(columns):
+            if (at, column) in cells:
+                with Image.open(cells[at, column]) as picture:
+                    cell = ImageOps.contain(picture, (SHEET_CELL - 4, SHEET_CELL - 4))
+                sheet.paste(cell, (label + column * SHEET_CELL + 2, header + row * SHEET_CELL + 2))
+    return sheet
+
+
 def draw_validation_pictures(run: Run) -> None:
-    """Draw pictures from the live model, into `output_dir/validation` and the trackers."""
+    """Draw pictures from the live model, into `output_dir/validation`, the contact sheet and the trackers."""
     args, accelerator, data, state = run.args, run.accelerator, run.data, run.state
-    embeds = embed_prompt(accelerator, run.trained.text_encoder, data.prompts[args.validation_prompt])
+    prompts = [data.prompts[prompt] for prompt in validation_prompts(args)]
+    embeds = [embed_prompt(accelerator, run.trained.text_encoder, prompt) for prompt in prompts]
     transformer, vae = unwrap(accelerator, run.trained.transformer), data.vae.to(accelerator.device)
     pictures = sample_pictures(args, accelerator, transformer, vae, embeds, state.seed, "Validation")
     if data.dataset.cached is not None:  # the training does not need it in between
@@ -1893,8 +2005,10 @@ def draw_validation_pictures(run: Run) -> None:
     if accelerator.is_main_process:
         folder = Path(args.output_dir) / "validation"
         folder.mkdir(exist_ok=True)
+        remove_leftovers(folder)
         for number, picture in enumerate(pictures):
-            picture.save(folder / f"step_{state.step:06d}_{number}.png")
+            save_picture(picture, folder / f"step_{state.step:06d}_{number}.png")
+        save_picture(draw_contact_sheet(args, folder, state.step), Path(args.output_dir) / SHEET_FILE)
         log_pictures(accelerator, "validation", pictures, state.step)
     accelerator.wait_for_everyone()
 
@@ -1952,25 +2066,61 @@ def log_validation_loss(run: Run) -> None:
 # ======================================================================================================================
 
 
-def save_adapters(accelerator: Accelerator, models: list[nn.Module], folder: Path, dtype: torch.dtype) -> None:
+def to_kohya(model: Any, layers: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The adapters of an unwrapped model by kohya's names, which ComfyUI takes as well.
+
+    Where kohya's layer fuses several, A is stacked and B block-diagonal, with nothing for those without an adapter; its
+    alpha / rank is `scale`.
+    """
+    fused: dict[str, list[str]] = {}  # kohya's names, and the layers here that are in each
+    for path in (key.removesuffix(".lora_A.weight") for key in layers if key.endswith(".lora_A.weight")):
+        kind, number, layer = [*path.split(".", 2), "", ""][:3]
+        table = KOHYA_LAYERS.get(kind, {})
+        if not isinstance(model, FluxTransformer2DModel):
+            fused["lora_te1_text_model_" + path.removeprefix("text_model.").replace(".", "_")] = [path]
+        elif found := [name for name, members in table.items() if layer in members]:
+            blocks = "single_blocks" if kind.startswith("single") else "double_blocks"
+            members = [f"{kind}.{number}.{member}" for member in table[found[0]]]
+            fused[f"lora_unet_{blocks}_{number}_{found[0]}"] = members
+        else:
+            logger.warning(f"{KOHYA_FILE} leaves out {path}, for which kohya has no name")
+    out: dict[str, Tensor] = {}
+    for name, paths in fused.items():
+        down = torch.cat([layers[f"{path}.lora_A.weight"] for path in paths if f"{path}.lora_A.weight" in layers])
+        nothing = [down.new_zeros(model.get_submodule(path).out_features, 0) for path in paths]
+        ups = [layers.get(f"{path}.lora_B.weight", empty) for path, empty in zip(paths, nothing, strict=True)]
+        out |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": torch.block_diag(*ups)}
+        out[f"{name}.alpha"] = torch.tensor(scale * len(down))
+    return out
+
+
+def save_adapters(
+    accelerator: Accelerator, models: list[nn.Module], folder: Path, dtype: torch.dtype, kohya: bool = False
+) -> None:
     """Write all adapters with their metadata (rank, alpha, targets) into one file; called on all processes."""
     parts: dict[str, Any] = {}
+    renamed: dict[str, Tensor] = {}
     for wrapped in models:
         model: Any = unwrap(accelerator, wrapped)
         layers = get_peft_model_state_dict(model, save_embedding_layers=False)
-        name = component_name(model)
-        parts[f"{name}_lora_layers"] = {key: value.detach().to("cpu", dtype) for key, value in layers.items()}
-        parts[f"{name}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+        layers = {key: value.detach().to("cpu", dtype) for key, value in layers.items()}
+        name, config = component_name(model), model.peft_config["default"]
+        parts |= {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": config.to_dict()}
+        if kohya:
+            renamed |= to_kohya(model, layers, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
     if accelerator.is_main_process:
         FluxPipeline.save_lora_weights(folder, weight_name=LORA_FILE, **parts)
+        if kohya:
+            save_file(renamed, folder / KOHYA_FILE, {"format": "pt"})
 
 
 def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dtype: torch.dtype) -> None:
     """Write `pytorch_lora_weights.safetensors` in `dtype`; called on all processes."""
     output, partial = Path(args.output_dir), Path(args.output_dir) / f".results{PARTIAL}"
-    save_adapters(accelerator, trained.models, partial, dtype)
+    save_adapters(accelerator, trained.models, partial, dtype, args.save_kohya_format)
     if accelerator.is_main_process:
-        replace_path(partial / LORA_FILE, output / LORA_FILE)
+        for path in partial.iterdir():
+            replace_path(path, output / path.name)
         partial.rmdir()
     accelerator.wait_for_everyone()
 
@@ -1981,7 +2131,7 @@ def load_results(args: Namespace, dtype: torch.dtype, device: torch.device) -> F
     pipeline = FluxPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         transformer=load_frozen_transformer(args, dtype, device),
-        torch_dtype=dtype,
+        dtype=dtype,
         **left_out,
         **hub_options(args),
     )
@@ -1990,23 +2140,62 @@ def load_results(args: Namespace, dtype: torch.dtype, device: torch.device) -> F
 
 
 def draw_final_pictures(
-    args: Namespace, accelerator: Accelerator, embeds: PromptEmbeds, state: RunState, dtype: torch.dtype
+    args: Namespace, accelerator: Accelerator, prompts: list[PromptEmbeds], state: RunState, dtype: torch.dtype
 ) -> None:
     """Draw pictures from what was saved, which proves the files; `image_<n>.png` and the trackers."""
     pipeline = load_results(args, dtype, accelerator.device).to(accelerator.device)
-    embeds = embed_prompt(accelerator, pipeline.text_encoder if args.train_text_encoder else None, embeds)
+    text_encoder = pipeline.text_encoder if args.train_text_encoder else None
+    embeds = [embed_prompt(accelerator, text_encoder, prompt) for prompt in prompts]
     pipeline.transformer.eval()
     pictures = sample_pictures(
         args, accelerator, pipeline.transformer, pipeline.vae, embeds, state.seed, "Final pictures"
     )
     if accelerator.is_main_process:
         for number, picture in enumerate(pictures):
-            picture.save(Path(args.output_dir) / f"image_{number}.png")
+            save_picture(picture, Path(args.output_dir) / f"image_{number}.png")
         log_pictures(accelerator, "test", pictures, state.step)
     accelerator.wait_for_everyone()
 
 
-def card_metadata(args: Namespace, pictures: list[str], tags: list[str]) -> ModelCardData:
+def loading_code(args: Namespace, source: str) -> str:
+    """Python that loads what was trained from `source`, a folder or a repository, and draws a picture with it."""
+    load = f'"{args.pretrained_model_name_or_path}", torch_dtype=torch.bfloat16).to("cuda")\n'
+    load += f'pipeline.load_lora_weights("{source}", weight_name="{LORA_FILE}")'
+    prompt = (validation_prompts(args) or [args.instance_prompt or "a prompt like the captions"])[0]
+    return (
+        f"import torch\nfrom diffusers import FluxPipeline\n\npipeline = FluxPipeline.from_pretrained({load}\n"
+        f"image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]\n"
+        'image.save("image.png")'
+    )
+
+
+def final_pictures(args: Namespace) -> dict[str, str]:
+    """The files of the final pictures, and the prompt of each."""
+    prompts = [] if args.skip_final_inference else validation_prompts(args)
+    repeated = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
+    return {f"image_{number}.png": prompt for number, prompt in enumerate(repeated)}
+
+
+def draw_loss_curve(losses: list[float]) -> Image.Image:
+    """The loss of each step, pale, and the mean of the last twentieth of the run up to it, dark."""
+    values, count, (width, height, left, foot) = np.array(losses), len(losses), (720, 260, 72, 28)
+    sums, ends = np.append(0, np.cumsum(values)), np.arange(1, count + 1)
+    starts = np.maximum(ends - max(1, count // 20), 0)
+    means = (sums[ends] - sums[starts]) / (ends - starts)
+    low, high = values.min(), max(values.max(), values.min() + 1e-9)
+    picture, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(14)
+    draw = ImageDraw.Draw(picture)
+    x = left + (width - left - 12) * (ends - 1) / max(1, count - 1)
+    for curve, colour, thickness in ((values, "#b8cce4", 1), (means, "#1f4e9c", 3)):
+        y = 12 + (height - foot - 12) * (high - curve) / (high - low)
+        draw.line(list(zip(x.tolist(), y.tolist(), strict=True)), colour, thickness)
+    draw.text((left - 8, 16), f"{high:.3g}", "black", font, anchor="rm")
+    draw.text((left - 8, height - foot), f"{low:.3g}", "black", font, anchor="rm")
+    draw.text((left, height - 4), f"loss, from step 1 to step {count}", "black", font, anchor="ls")
+    return picture
+
+
+def card_metadata(args: Namespace) -> ModelCardData:
     """What the Hub reads of a model card: base model, licence, trigger words, gallery."""
     base = args.pretrained_model_name_or_path
     return ModelCardData(
@@ -2017,33 +2206,51 @@ def card_metadata(args: Namespace, pictures: list[str], tags: list[str]) -> Mode
         license_name="flux-1-dev-non-commercial-license",
         license_link="https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
         instance_prompt=args.instance_prompt,
-        widget=[{"text": args.validation_prompt, "output": {"url": name}} for name in pictures],
-        tags=["text-to-image", "diffusers", "diffusers-training", "flux", "flux-diffusers", "dreambooth", *tags],
+        widget=[{"text": prompt, "output": {"url": name}} for name, prompt in final_pictures(args).items()],
+        tags=["text-to-image", "diffusers", "diffusers-training", "flux", "flux-diffusers", "dreambooth", *TAGS],
     )
 
 
-def write_model_card(args: Namespace, repo_id: str, state: RunState) -> None:
-    """Write README.md for the Hub: gallery, trigger words, code that loads the result, settings, licence."""
-    output = Path(args.output_dir)
-    pictures = sorted(path.name for path in output.glob("image_*.png")) if args.validation_prompt else []
-    base = args.pretrained_model_name_or_path
-    link = base if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
-    kind, tags = "LoRA", ["lora", "template:sd-lora"]
-    load = f'pipeline = FluxPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")\n'
-    load += f'pipeline.load_lora_weights("{repo_id}", weight_name="{LORA_FILE}")'
-    card = card_metadata(args, pictures, tags)
+def describe_training(
+    args: Namespace, accelerator: Accelerator, pictures: dict[str, list[Picture]], state: RunState
+) -> dict[str, Any]:
+    """What was trained on, for how long and on what; then every flag that differs from its default."""
+    read = getattr(torch.get_device_module(accelerator.device), "get_device_name", None)
+    device = read(accelerator.device) if read else accelerator.device.type.upper()
+    captions = len({picture.prompt for picture in pictures["instance"]})
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    rows = {
+        "pictures of the subject": f"{len(pictures['instance'])} ({captions} prompts)",
+        "pictures of the class": args.num_class_images if args.with_prior_preservation else None,
+        "held-out pictures": len(pictures.get("validation", [])),
+        "steps": f"{state.step}, of {per_step} pictures each",
+        "time of the steps": tqdm.format_interval(state.seconds),
+        "hardware": f"{accelerator.num_processes} x {device}",
+        "seed": state.seed,
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+    }
     parser = make_parser()
-    changed = {name: value for name, value in sorted(settings(args).items()) if value != parser.get_default(name)}
-    rows = "\n".join(f"| `--{name}` | `{value}` |" for name, value in changed.items() if name != "output_dir")
-    text_encoder = "CLIP was trained too" if args.train_text_encoder else "The text encoders were not trained"
+    for name, value in sorted(settings(args).items()):
+        if name != "output_dir" and value != parser.get_default(name):
+            value = Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value  # nobody's home
+            rows[f"`--{name}`"] = "`" + str(value).replace("|", "\\|").replace("\n", " ") + "`"
+    return {name: value for name, value in rows.items() if value}
+
+
+def write_model_card(args: Namespace, repo_id: str, rows: dict[str, Any], state: RunState) -> None:
+    """Write README.md for the Hub: gallery, trigger words, code that loads the result, settings, curve, licence."""
+    output, base = Path(args.output_dir), args.pretrained_model_name_or_path
+    link = f"`{Path(base).name}`" if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
+    sheet = f"![steps down, prompts across]({SHEET_FILE})" if (output / SHEET_FILE).exists() else ""
+    save_picture(draw_loss_curve(state.losses), output / CURVE_FILE)
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     trigger = f"`{args.instance_prompt}`" if args.instance_prompt else "the words of the captions"
-    prompt = args.validation_prompt or args.instance_prompt or "a prompt like the captions"
     body = f"""# {repo_id.split("/")[-1]}
 
-A DreamBooth {kind} of {link}, trained for {state.step} steps at {args.resolution} px.
-{text_encoder}.
+A DreamBooth {KIND} of {link}, trained for {state.step} steps at {args.resolution} px.
+{"CLIP was trained too" if args.train_text_encoder else "The text encoders were not trained"}.
 
-{"<Gallery />" if pictures else ""}
+{"<Gallery />" if final_pictures(args) else ""}
 
 ## Trigger words
 
@@ -2052,32 +2259,44 @@ Use {trigger} in the prompt.
 ## Use it
 
 ```python
-import torch
-from diffusers import FluxPipeline
-
-{load}
-image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]
-image.save("image.png")
+{loading_code(args, repo_id)}
 ```
 
-## Settings
+## Training
 
-What differs from the defaults; the seed was {state.seed}.
+{sheet}
 
-| flag | value |
+![loss of each step, and its running mean]({CURVE_FILE})
+
+| what | value |
 |---|---|
-{rows}
+{table}
 
-Trained with diffusers {diffusers.__version__}, transformers {transformers.__version__}, \
-accelerate {accelerate.__version__}, peft {peft.__version__}, torch {torch.__version__}.
+All other flags had their defaults.
 
 ## Licence
 
 FLUX.1 [dev]'s: [non-commercial](https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md).
 """
     partial = output / f".README.md{PARTIAL}"
-    ModelCard(f"---\n{card.to_yaml()}\n---\n\n{body}").save(partial)
+    ModelCard(f"---\n{card_metadata(args).to_yaml()}\n---\n\n{body}").save(partial)
     replace_path(partial, output / "README.md")
+
+
+def closing_summary(args: Namespace, state: RunState) -> str:
+    """What a finished run says: where everything is, and the code that uses the result."""
+    output = Path(args.output_dir)
+    patterns = {
+        "result": LORA_FILE,
+        "pictures": "image_*.png", "on the way": SHEET_FILE, "model card": "README.md", "losses": CURVE_FILE,
+        "checkpoints": "checkpoint-*", "curves": args.logging_dir,
+    }  # fmt: skip
+    lines = [f"Done: {state.step} steps in {tqdm.format_interval(state.seconds)}; the result is in {args.output_dir}"]
+    for what, pattern in patterns.items():
+        if paths := sorted(output.glob(pattern), key=lambda path: (len(path.name), path.name)):
+            lines.append(f"  {what:<12} {paths[0]}" + (f" ... {paths[-1].name}" if len(paths) > 1 else ""))
+    code = loading_code(args, args.output_dir).replace("\n", "\n    ")
+    return "\n".join([*lines, "  To use it:", f"    {code}"])
 
 
 def create_repository(args: Namespace) -> str:
@@ -2098,7 +2317,7 @@ def create_repository(args: Namespace) -> str:
 
 def push_to_hub(args: Namespace, repo_id: str) -> None:
     """Upload the result, the card and its pictures: no checkpoints, no logs."""
-    allowed = ["README.md", LORA_FILE, "image_*.png"]
+    allowed = ["README.md", LORA_FILE, KOHYA_FILE, "image_*.png", SHEET_FILE, CURVE_FILE]
     try:
         HfApi(token=args.hub_token).upload_folder(
             repo_id=repo_id, folder_path=args.output_dir, allow_patterns=allowed, commit_message="End of training"
@@ -2311,8 +2530,37 @@ def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) ->
     if "d" in group:  # Prodigy's estimate of the step size
         values["prodigy_d"] = float(group["d"])
     values |= peak_memory(run.accelerator.device)
+    run.state.losses.append(loss)
+    run.state.seconds += seconds
     run.accelerator.log(values, step=run.state.step)
     return values
+
+
+class Progress:
+    """The line by which a training is watched: redrawn on a terminal; in a log file, a new one every LOG_SECONDS."""
+
+    def __init__(self, run: Run, schedule: MicroBatches) -> None:
+        self.state, self.schedule, self.told = run.state, schedule, -math.inf
+        self.recent: deque[dict[str, float]] = deque(maxlen=SMOOTHED_STEPS)
+        hidden = not run.accelerator.is_local_main_process or None  # None: where there is no terminal
+        form, last = "{percentage:3.0f}%|{bar:10}| {desc}", schedule.last_step
+        self.bar = tqdm(initial=run.state.step, total=last, bar_format=form, dynamic_ncols=True, disable=hidden)
+
+    def update(self, values: dict[str, float]) -> None:
+        """Show what `log_step` returned for a step; loss and seconds are means of the last SMOOTHED_STEPS."""
+        self.recent.append(values)
+        loss, seconds = (sum(past[name] for past in self.recent) / len(self.recent) for name in ("loss", "step_time"))
+        step, last = self.state.step, self.schedule.last_step
+        text = (
+            f"step {step}/{last}, {tqdm.format_interval(seconds * (last - step))} left, "
+            f"epoch {math.ceil(step / self.schedule.steps_per_epoch)}, loss {loss:.4f}, lr {values['lr']:.2g}, "
+            f"{seconds:.2f} s/step, {values.get('peak_device_memory', values['peak_host_memory']):.1f} GiB"
+        )
+        self.bar.set_description_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (step == last or time.monotonic() - self.told >= LOG_SECONDS):
+            logger.info(text)
+            self.told = time.monotonic()
 
 
 def stop_run(run: Run, number: int) -> None:
@@ -2340,8 +2588,7 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
     )
     sigma_table = load_scheduler(args).sigmas
     start, total = time.perf_counter(), torch.zeros(2, device=accelerator.device)  # loss, and who wants to stop
-    hidden = not accelerator.is_local_main_process
-    progress = tqdm(initial=state.step, total=schedule.last_step, desc="Steps", disable=hidden)
+    progress = Progress(run, schedule)
     batches = Lookahead((batch["keys"][0], prepare_inputs(run, batch, sigma_table)) for batch in loader)
     for key, inputs in batches:
         with accumulate(accelerator, trained.models, key.last):
@@ -2358,32 +2605,35 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
         trained.optimizer.step()
         trained.lr_scheduler.step()
         trained.optimizer.zero_grad()
+        if trained.ema is not None:
+            trained.ema.step(trained.parameters)
         state.step += 1
         batches.load()  # reading the loss waits for the device: the next inputs are made before
         total[1] = signals.pending()
         step_loss, stop = accelerator.reduce(total, reduction="sum").tolist()
         values = log_step(run, step_loss, grad_norm, time.perf_counter() - start)
-        progress.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}", refresh=False)
-        progress.update()
+        progress.update(values)
         if stop or state.step % args.checkpointing_steps == 0:
             save_checkpoint(run)
         if stop:
-            progress.close()
+            progress.bar.close()
             stop_run(run, signals.pending())
         epoch, left = divmod(state.step, schedule.steps_per_epoch)
-        if left == 0 and (epoch - 1) % args.validation_epochs == 0:
+        at_epoch = left == 0 and (epoch - 1) % args.validation_epochs == 0
+        if at_epoch or (args.validation_steps and state.step % args.validation_steps == 0):
             validate(run)
         total.zero_()
         start = time.perf_counter()
-    progress.close()
+    progress.bar.close()
 
 
 def validate(run: Run) -> None:
-    """What `--validation_loss` and `--validation_prompt` ask for, from the live model."""
-    if run.args.validation_loss:
-        log_validation_loss(run)
-    if run.args.validation_prompt and run.state.step > 0:
-        draw_validation_pictures(run)
+    """What `--validation_loss` and `--validation_prompt` ask for, from the live model or the average of its weights."""
+    with run.trained.averaged():
+        if run.args.validation_loss:
+            log_validation_loss(run)
+        if validation_prompts(run.args) and (run.state.step > 0 or run.args.validation_steps):
+            draw_validation_pictures(run)
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
@@ -2403,10 +2653,11 @@ def make_accelerator(args: Namespace) -> Accelerator:
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
-        if not accelerator.is_local_main_process:
-            library.utils.logging.disable_progress_bar()
+        library.utils.logging.disable_progress_bar()  # the stages are announced
     if args.report_to != "none" and not accelerator.log_with:
         raise UsageError(f"--report_to is {args.report_to!r}, which is not installed; install it, or give none")
+    if args.use_ema and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        raise UsageError(f"--use_ema does not work with {accelerator.distributed_type}; leave it out, or use DDP")
     precision = accelerator.mixed_precision
     if precision not in ("no", "bf16", "fp16") or (precision == "fp16" and accelerator.device.type == "cpu"):
         raise UsageError(
@@ -2526,8 +2777,8 @@ def prepare_data(
     args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, validation_pictures: list[Picture]
 ) -> TrainingData:
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
-    prompts = [*dataset.prompts, *(picture.prompt for picture in validation_pictures)]
-    prompts = list(dict.fromkeys(prompts + ([args.validation_prompt] if args.validation_prompt else [])))
+    prompts = [*dataset.prompts, *(picture.prompt for picture in validation_pictures), *validation_prompts(args)]
+    prompts = list(dict.fromkeys(prompts))
     with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
     with stage(args, accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):
@@ -2576,9 +2827,15 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
     """Load, train, save: when this returns, the memory of the training is free."""
     with stage(args, accelerator, "Loading the transformer"):
         trained = prepare_training(args, accelerator, state.seed)
+        if args.use_ema:
+            trained.ema = EMAModel([parameter.float() for parameter in trained.parameters], args.ema_decay)
+            accelerator.register_for_checkpointing(trained.ema)
     if resumed is not None:
         checkpoint, facts = resumed
         accelerator.load_state(str(checkpoint))
+        if trained.ema is not None:  # which came back on the CPU, with the decay that it had
+            trained.ema.to(accelerator.device)
+            trained.ema.decay = args.ema_decay
         logger.info(f"Resuming from {checkpoint} at step {state.step} of {args.max_train_steps}")
         for change in changes_since(args, facts, data.facts):
             logger.warning(f"Changed since {checkpoint.name}, so this run is not the one it would have been: {change}")
@@ -2586,14 +2843,15 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
     schedule = make_schedule(args, accelerator, data.dataset, state)
     if accelerator.is_main_process:
         (Path(args.output_dir) / RESULT_FILE).unlink(missing_ok=True)
-    with stage(args, accelerator, "Training"), StopSignals() as signals:
+    with stage(args, accelerator, "Training"), StopSignals() as signals, logging_redirect_tqdm():
         if state.step == 0:
             validate(run)
         train(run, schedule, signals)
     with stage(args, accelerator, "Saving the result"):
         dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
         try:
-            save_results(args, accelerator, trained, dtype)
+            with trained.averaged():
+                save_results(args, accelerator, trained, dtype)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # each writer has its own kind of error for a full disk
@@ -2656,18 +2914,18 @@ def main(args: Namespace) -> None:
     validation_pictures = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     data = prepare_data(args, accelerator, dataset, validation_pictures)
     fit(args, accelerator, data, resumed, state)
-    if args.validation_prompt:
-        embeds = data.prompts[args.validation_prompt]
+    if args.validation_prompt and not args.skip_final_inference:
+        embeds = [data.prompts[prompt] for prompt in validation_prompts(args)]
         del data  # and with it the VAE: what was saved brings its own
         with stage(args, accelerator, "Drawing the final pictures"):
             draw_final_pictures(args, accelerator, embeds, state, weight_dtype(accelerator))
     if accelerator.is_main_process:
-        write_model_card(args, repo_id, state)
+        write_model_card(args, repo_id, describe_training(args, accelerator, pictures, state), state)
         mark_finished(args, state)
         if args.push_to_hub:
             push_to_hub(args, repo_id)
     accelerator.end_training()
-    logger.info(f"Done: the result is in {args.output_dir}")
+    logger.info(closing_summary(args, state))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
+import yaml
+
 
 @dataclass
 class HubState:
@@ -17,10 +19,28 @@ class HubState:
     user: str = "tester"
     token: str | None = None  # refuse every other one
     refuse_commits: int = 0  # answer this many commits with a server error
+    drop_blobs: int = 0  # hang up on this many uploads of a large file
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Authorization
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)  # name -> path -> content
     blobs: dict[str, bytes] = field(default_factory=dict)  # large files by sha256, before their commit
     cards: list[str] = field(default_factory=list)  # model cards that were sent for validation
+
+
+def card_errors(content: str) -> list[str]:
+    """What the Hub refuses of a model card's metadata: fields of the wrong kind, values that it does not know."""
+    data = yaml.safe_load(content.split("---")[1])
+    name = r"[\w.-]+(/[\w.-]+)?"
+    checks = {
+        "license": data["license"] in ("other", "apache-2.0", "mit"),
+        "license_name": re.fullmatch(r"[a-z0-9.-]+", data["license_name"]),
+        "license_link": re.fullmatch(r"LICENSE(\.md)?|https://\S+", data["license_link"]),
+        "pipeline_tag": data["pipeline_tag"] in ("text-to-image", "image-to-image"),
+        "library_name": isinstance(data["library_name"], str),
+        "base_model": re.fullmatch(name, data.get("base_model", "a/b")),
+        "tags": all(isinstance(tag, str) for tag in data["tags"]),
+        "widget": all(isinstance(entry["text"], str) and "url" in entry.get("output", {}) for entry in data["widget"]),
+    }
+    return [f'"{field}" is not valid' for field, valid in checks.items() if not valid]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -90,7 +110,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate_card(self, body: bytes) -> None:
         self.state.cards.append(json.loads(body)["content"])
-        self.answer({"errors": [], "warnings": []})
+        errors = [{"message": message} for message in card_errors(self.state.cards[-1])]
+        self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def plan_upload(self, body: bytes, _: str) -> None:
         files = json.loads(body)["files"]
@@ -116,6 +137,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"transfer": "basic", "objects": objects})
 
     def take_blob(self, body: bytes, oid: str) -> None:
+        if self.state.drop_blobs > 0:
+            self.state.drop_blobs -= 1
+            self.close_connection = True
+            return self.connection.close()
         if hashlib.sha256(body).hexdigest() != oid:
             return self.answer({"error": "damaged"}, 400)
         self.state.blobs[oid] = body

@@ -29,7 +29,14 @@ GROUPS = {
     "training": ["--train_batch_size", "--max_train_steps", "--seed"],
     "memory and speed": ["--gradient_checkpointing", "--mixed_precision", "--attention_backend"],
     "flow matching and prompts": ["--guidance_scale", "--weighting_scheme", "--max_sequence_length"],
-    "optimizer and schedule": ["--optimizer", "--learning_rate", "--lr_scheduler", "--adam_beta1", "--prodigy_beta3"],
+    "optimizer and schedule": [
+        "--optimizer",
+        "--learning_rate",
+        "--lr_scheduler",
+        "--adam_beta1",
+        "--prodigy_beta3",
+        "--use_ema",
+    ],
     "validation": ["--validation_prompt", "--num_validation_images", "--validation_epochs"],
     "output, checkpoints and the Hub": ["--output_dir", "--checkpointing_steps", "--push_to_hub", "--hub_token"],
 }
@@ -169,6 +176,10 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("--with_prior_preservation --class_prompt=dog", ["--with_prior_preservation", "--class_data_dir"]),
     ("--with_prior_preservation --class_data_dir=pets", ["--with_prior_preservation", "--class_prompt"]),
     ("--validation_data_dir=held-out", ["--validation_data_dir", "--validation_loss"]),
+    ("--validation_steps=5", ["--validation_steps", "--validation_prompt", "--validation_loss"]),
+    ("--validation_steps=0", ["--validation_steps", "0", "1 or more"]),
+    ("--validation_num_inference_steps=0", ["--validation_num_inference_steps", "0", "1 or more"]),
+    ("--validation_guidance_scale=-1", ["--validation_guidance_scale", "-1", "0 or more"]),
     ("--optimizer=sgd", ["--optimizer", "sgd", "AdamW", "prodigy"]),
     ("--lr_scheduler=piecewise_constant", ["--lr_scheduler=piecewise_constant", "--lr_step_rules"]),
     ("--lr_scheduler=piecewise_constant --lr_step_rules=1:ten,0.1", ["--lr_step_rules", "1:ten,0.1"]),
@@ -205,6 +216,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("--adam_beta1=1", ["--adam_beta1", "1.0", "below 1"]),
     ("--adam_beta2=-0.1", ["--adam_beta2", "-0.1", "from 0"]),
     ("--prodigy_beta3=1.5", ["--prodigy_beta3", "1.5", "below 1"]),
+    ("--ema_decay=1", ["--ema_decay", "1.0", "below 1"]),
     ("--logit_std=0", ["--logit_std", "0.0", "above 0"]),
 ]
 REFUSED_ADAPTERS: list[tuple[str, list[str]]] = [
@@ -212,6 +224,9 @@ REFUSED_ADAPTERS: list[tuple[str, list[str]]] = [
     ("--lora_alpha=0", ["--lora_alpha", "0", "1 or more"]),
     ("--lora_dropout=-0.1", ["--lora_dropout", "-0.1", "0 or more"]),
     ("--lora_dropout=1", ["--lora_dropout", "1.0", "below 1"]),
+    ("--use_dora --save_kohya_format", ["--use_dora", "--save_kohya_format"]),
+    ("--use_dora --train_text_encoder", ["--use_dora", "--train_text_encoder", "CLIP"]),
+    ("--use_dora --base_quantization=int8", ["--use_dora", "--base_quantization"]),
 ]
 
 
@@ -227,7 +242,7 @@ def test_what_cannot_work_is_refused_by_name(
 def test_adapters_that_cannot_work_are_refused_by_name(
     capsys: pytest.CaptureFixture[str], flags: str, words: list[str]
 ) -> None:
-    message = refusal(train_dreambooth_lora_flux, capsys, flags)
+    message = refusal(train_dreambooth_lora_flux, capsys, *flags.split())
     assert [word for word in words if word not in message] == []
 
 
@@ -372,7 +387,8 @@ def test_help_is_grouped_by_topic(script: ModuleType) -> None:
     sections = help_sections(script)
     assert sections.pop("options") == ["--help"]
     if "lora" in script.__name__:
-        assert sections.pop("adapters") == ["--rank", "--lora_alpha", "--lora_dropout", "--lora_layers"]
+        adapters = ["--rank", "--lora_alpha", "--lora_dropout", "--lora_layers"]
+        assert sections.pop("adapters") == [*adapters, "--use_rslora", "--use_dora", "--save_kohya_format"]
     assert sections.keys() == GROUPS.keys()
     assert {name: [flag for flag in flags if flag in sections[name]] for name, flags in GROUPS.items()} == GROUPS
 

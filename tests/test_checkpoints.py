@@ -101,4 +101,5 @@ def test_without_a_seed_one_is_drawn_and_a_resumed_run_keeps_it(
     args = script.parse_args([*base_flags, "--resume_from_checkpoint=latest"])
     path, facts = script.find_checkpoint(args)
     assert path == output / "checkpoint-2" and facts["args"]["seed"] is None
-    assert script.start_state(args, (path, facts)) == script.RunState(2, facts["state"]["seed"])
+    state = script.start_state(args, (path, facts))
+    assert (state.step, state.seed) == (2, facts["state"]["seed"])

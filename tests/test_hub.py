@@ -1,10 +1,12 @@
 """The push, on a stand-in of the Hub: what is uploaded, and where the token goes."""
 
+import shlex
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import _http
 
 from conftest import Run
 from tests.local_hub import HubState
@@ -27,14 +29,15 @@ def test_the_result_arrives_and_checkpoints_and_logs_do_not(script: ModuleType, 
     assert (output / "checkpoint-5").is_dir() and (output / "logs").is_dir() and (output / "validation").is_dir()
     files = uploaded(hub)
     assert {path.split("/")[0] for path in files} <= {
-        "README.md", "image_0.png", ".gitattributes", "pytorch_lora_weights.safetensors", "model_index.json",
+        "README.md", "image_0.png", "contact_sheet.jpg", "loss_curve.png",
+        ".gitattributes", "pytorch_lora_weights.safetensors", "model_index.json",
         "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae",
     }  # fmt: skip
     weights = "pytorch_lora_weights.safetensors"
     if "lora" not in script.__name__:
         weights = "transformer/diffusion_pytorch_model.safetensors"
         assert (output / "model_index.json").read_bytes() == files["model_index.json"]
-    for name in (weights, "README.md", "image_0.png"):
+    for name in (weights, "README.md", "image_0.png", "contact_sheet.jpg", "loss_curve.png"):
         assert files[name] == (output / name).read_bytes()
 
 
@@ -75,3 +78,48 @@ def test_the_card_names_trigger_words_settings_licence_and_shows_the_gallery(
     code = card.text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "tester/sks-dog" in code and ("load_lora_weights" in code) == ("lora" in script.__name__)
+
+
+def test_a_connection_that_is_lost_for_a_moment_is_tried_again(script: ModuleType, run: Run, hub: HubState) -> None:
+    hub.drop_blobs = 1
+    run(script, *PUSH, "--max_train_steps=1")
+    assert hub.drop_blobs == 0 and "README.md" in uploaded(hub)
+
+
+def failed_push(script: ModuleType, run: Run, hub: HubState) -> str:
+    with pytest.raises(script.RunError) as error:
+        run(script, *PUSH, "--max_train_steps=1")
+    assert uploaded(hub) == {}
+    return str(error.value)
+
+
+def test_an_upload_that_fails_keeps_the_result_and_says_how_to_push_again(
+    script: ModuleType, run: Run, hub: HubState, tmp_path: Path
+) -> None:
+    hub.refuse_commits = 100
+    message = failed_push(script, run, hub)
+    command = message.split("to push again: ")[1]
+    assert "the upload to tester/sks-dog failed" in message and "hf_secret" not in message
+    hub.refuse_commits = 0
+    words = shlex.split(command)
+    assert words[:3] == ["hf", "upload", "tester/sks-dog"] and Path(words[3]) == tmp_path / "out" and words[4] == "."
+    patterns = [word.removeprefix("--include=") for word in words[5:]]
+    HfApi(token="hf_secret").upload_folder(repo_id=words[2], folder_path=words[3], allow_patterns=patterns)
+    assert "README.md" in uploaded(hub) and not [name for name in uploaded(hub) if "checkpoint" in name]
+    assert (tmp_path / "out" / script.RESULT_FILE).is_file()
+
+
+def test_a_connection_that_stays_lost_keeps_the_result(
+    script: ModuleType, run: Run, hub: HubState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.drop_blobs = 100
+    monkeypatch.setattr(_http.time, "sleep", lambda _: None)  # between the client's attempts
+    assert "failed" in failed_push(script, run, hub) and (tmp_path / "out" / "README.md").is_file()
+
+
+def test_a_token_that_is_refused_at_the_end_keeps_the_result(
+    script: ModuleType, run: Run, hub: HubState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = script.fit
+    monkeypatch.setattr(script, "fit", lambda *args: (fit(*args), setattr(hub, "token", "another")))
+    assert "401" in failed_push(script, run, hub) and (tmp_path / "out" / "README.md").is_file()

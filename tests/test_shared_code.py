@@ -12,7 +12,7 @@ DIFFERENT_ON_PURPOSE = {
     "add_output_arguments": "the default of --output_dir",
     "make_parser": "the group of adapter flags",
     "add_memory_arguments": "weights in bf16 and steps inside the backward pass need whole weights",
-    "range_problems": "the adapters' numbers",
+    "range_problems": "the adapters' numbers and kinds",
     "memory_problems": "other ways to save memory",
     "missing_packages": "NF4 needs bitsandbytes",
     "load_transformer": "adapters on a frozen base, or every weight",
@@ -26,7 +26,9 @@ DIFFERENT_ON_PURPOSE = {
     "register_state_hooks": "a checkpoint holds adapters, or whole weights",
     "save_results": "one LoRA file, or a pipeline folder",
     "load_results": "base and LoRA file, or the pipeline folder",
-    "write_model_card": "the code that loads the result",
+    "loading_code": "base and LoRA file, or the pipeline folder",
+    "closing_summary": "the file of the result",
+    "(KIND, TAGS)": "what the model card calls it",
     "push_to_hub": "the files of the result",
     "prepare_training": "what the loaders take",
     "main": "the tracker's project",
@@ -49,6 +51,11 @@ ONLY_IN_ONE = {
     "add_adapter",
     "save_adapters",
     "save_weights",
+    "SINGLE_FILE",
+    "KOHYA_FILE",
+    "KOHYA_LAYERS",
+    "adapter_problems",
+    "to_kohya",
 }
 
 

@@ -124,7 +124,7 @@ def test_a_second_sigint_ends_at_once(forker: Forker, endless: list[str], tmp_pa
     pid, log = forker.start(
         LORA.__name__, [*endless, "--gradient_accumulation_steps=5000", "--repeats=1000", "--resolution=64"]
     )
-    wait_until(lambda: "Steps:" in log.read_text(), "the training")
+    wait_until(lambda: "INFO Training\n" in log.read_text(), "the training")
     time.sleep(0.5)
     os.kill(pid, signal.SIGINT)
     time.sleep(1)
@@ -236,4 +236,4 @@ def test_a_launcher_that_goes_away_before_the_training_begins_leaves_no_process_
     run.launcher.kill()
     run.launcher.wait(30)
     wait_until(lambda: not run.trainers, "the end of the process", 30)
-    assert "Steps: 100%" not in run.printed
+    assert "Saving the result" not in run.printed

@@ -1,0 +1,121 @@
+"""The model card: what it tells, that it is what the Hub takes, and the curve and the sheet that it shows."""
+
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.repocard_data import ModelCardData
+from PIL import Image
+
+from conftest import Run
+from tests.local_hub import HubState, card_errors
+
+PROMPTS = ('a "sks" dog: running | barking', "un chien sks à la plage")
+DRAWN = (*(f"--validation_prompt={prompt}" for prompt in PROMPTS), "--num_validation_images=2")
+DRAWN += ("--validation_num_inference_steps=1",)
+
+
+def table(card: ModelCard) -> dict[str, str]:
+    rows = re.findall(r"^\| (.*?) \| (.*) \|$", card.text, re.MULTILINE)
+    return dict(rows[1:])
+
+
+def test_the_card_is_what_the_hub_takes(script: ModuleType, run: Run, hub: HubState) -> None:
+    output = run(script, *DRAWN)
+    card = ModelCard.load(output / "README.md")
+    card.validate()  # asks the stand-in, which refuses what the Hub refuses
+    assert len(hub.cards) == 1 and card_errors(hub.cards[0]) == []
+    data = metadata_load(output / "README.md")
+    assert data is not None and ModelCardData(**data).to_dict() == data == yaml.safe_load(card.content.split("---")[1])
+    assert [entry["text"] for entry in data["widget"]] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    assert [entry["output"]["url"] for entry in data["widget"]] == [f"image_{number}.png" for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("license: other", "license: mine", "license"),
+        ("license_name: flux", "license_name: FLUX", "license_name"),
+        ("pipeline_tag: text-to-image", "pipeline_tag: drawing", "pipeline_tag"),
+        ("library_name: diffusers", "library_name: [diffusers]", "library_name"),
+        ("- dreambooth", "- {dreambooth: 1}", "tags"),
+        ("  output:", "  picture:", "widget"),
+        ("library_name", "base_model: /home/me/flux\nlibrary_name", "base_model"),
+    ],
+)
+def test_the_stand_in_refuses_cards_that_the_hub_refuses(
+    script: ModuleType, run: Run, hub: HubState, old: str, new: str, named: str
+) -> None:
+    content = (run(script, *DRAWN) / "README.md").read_text()
+    assert content.count(old) >= 1
+    with pytest.raises(ValueError, match=named):
+        ModelCard(content.replace(old, new)).validate()
+
+
+def test_the_card_tells_of_data_steps_hardware_versions_and_flags(script: ModuleType, run: Run, tmp_path: Path) -> None:
+    class_dir = tmp_path / "class"
+    flags = ["--with_prior_preservation", "--class_prompt=a dog", f"--class_data_dir={class_dir}"]
+    output = run(script, *DRAWN, *flags, "--num_class_images=2", "--gradient_accumulation_steps=2", "--repeats=3")
+    rows = table(ModelCard.load(output / "README.md"))
+    assert rows["pictures of the subject"] == "5 (1 prompts)" and rows["pictures of the class"] == "2"
+    assert rows["steps"] == "2, of 2 pictures each" and re.fullmatch(r"00:0\d", rows["time of the steps"])
+    assert rows["hardware"] == "1 x CPU"
+    assert f"torch {torch.__version__}" in rows["versions"] and f"diffusers {diffusers.__version__}" in rows["versions"]
+    flags_told = {name.strip("`-") for name in rows if name.startswith("`--")}
+    changed = {"gradient_accumulation_steps", "repeats", "num_class_images", "seed", "resolution", "validation_prompt"}
+    assert changed <= flags_told and not {"adam_beta1", "rank", "output_dir", "hub_token"} & flags_told
+    assert flags_told <= {action.dest for action in script.make_parser()._actions}
+
+
+def test_the_card_tells_no_path_of_this_machine(script: ModuleType, run: Run, tmp_path: Path) -> None:
+    text = (run(script, *DRAWN, "--train_text_encoder") / "README.md").read_text()
+    settings = text.split("## Training")[1]
+    assert str(tmp_path.parent) not in settings and "| `--instance_data_dir` |" in settings
+
+
+def test_the_card_shows_only_pictures_that_exist(script: ModuleType, run: Run) -> None:
+    output = run(script, *DRAWN, "--validation_steps=1")
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", (output / "README.md").read_text())
+    assert shown == ["contact_sheet.jpg", "loss_curve.png"] and all((output / name).is_file() for name in shown)
+    output = run(script, f"--output_dir={output}-plain")
+    text = (output / "README.md").read_text()
+    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == ["loss_curve.png"] and "<Gallery />" not in text
+
+
+def dark_heights(picture: Image.Image) -> np.ndarray:
+    """The mean row of the dark curve's pixels in each column that has some."""
+    pixels = np.asarray(picture.convert("RGB")).astype(int)
+    dark = np.abs(pixels - (0x1F, 0x4E, 0x9C)).sum(2) < 30
+    return np.array([np.flatnonzero(column).mean() for column in dark.T if column.any()])
+
+
+def test_the_curve_falls_as_the_running_mean_does(script: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    losses = np.linspace(1, 0, 400) ** 2 + rng.normal(0, 0.02, 400)
+    means = np.array([losses[max(0, at - 19) : at + 1].mean() for at in range(400)])
+    heights = dark_heights(script.draw_loss_curve(losses.tolist()))
+    expected = np.interp(np.linspace(0, 399, len(heights)), np.arange(400), means)
+    assert np.corrcoef(heights, expected)[0, 1] < -0.999  # rows count downwards
+
+
+@pytest.mark.parametrize("losses", [[0.5], [0.5, 0.5], [3.0, 1.0]])
+def test_short_runs_have_a_curve_too(script: ModuleType, losses: list[float]) -> None:
+    assert script.draw_loss_curve(losses).size == (720, 260)
+
+
+def test_a_resumed_run_tells_of_all_its_steps(script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[float]] = []
+    draw = script.draw_loss_curve
+    monkeypatch.setattr(script, "draw_loss_curve", lambda losses: drawn.append(list(losses)) or draw(losses))
+    output = run(script, "--max_train_steps=2", "--checkpointing_steps=1")
+    state = json.loads((output / "checkpoint-2" / script.STATE_FILE).read_text())["facts"]["state"]
+    assert state["losses"] == drawn[0] and len(drawn[0]) == 2 and state["seconds"] > 0
+    run(script, "--max_train_steps=4", "--resume_from_checkpoint=checkpoint-1")
+    assert drawn[1][:2] == drawn[0] and len(drawn[1]) == 4
