@@ -28,7 +28,9 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
         from others; "logged": the values of each step; "weights": the sum of each trained weight at the end.
     """
     record: dict[str, Any] = {"micro_batches": [], "logged": []}
+    reads: list[bool] = []
     collate, training_loss, save_results = script.collate, script.training_loss, script.save_results
+    load_frozen_transformer = script.load_frozen_transformer
 
     def record_keys(examples: list[dict[str, Any]]) -> dict[str, Any]:
         record["micro_batches"].append({"keys": [example["key"]._asdict() for example in examples]})
@@ -41,7 +43,12 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
             record["micro_batches"][-1].update(numbers, sigmas=inputs["sigmas"].tolist())
         return training_loss(transformer, *validation, **inputs)
 
+    def record_read(*args: Any) -> Any:
+        reads.append(True)
+        return load_frozen_transformer(*args)
+
     def record_result(args: Any, accelerator: Any, trained: Any, dtype: Any) -> None:
+        record["reads"] = reads.count(True)
         record["rank"], record["processes"] = accelerator.process_index, accelerator.num_processes
         record["weights"] = [float(parameter.detach().double().sum()) for parameter in trained.parameters]
         save_results(args, accelerator, trained, dtype)
@@ -55,6 +62,7 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
         patch.setattr(script, "collate", record_keys)
         patch.setattr(script, "training_loss", record_inputs)
         patch.setattr(script, "save_results", record_result)
+        patch.setattr(script, "load_frozen_transformer", record_read)
         patch.setattr(Accelerator, "log", lambda self, values, *_, **__: record["logged"].append(values))
         script.main(script.parse_args(argv))
     return record
