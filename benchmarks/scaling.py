@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling            # a few minutes
 
-Each engine of accelerate_configs/ trains the tiny checkpoint for a step on two processes, and the medium one on one, two
-and four. Bytes are those of the collectives inside the step, by the ring algorithms' share of a process: all-gather and
-reduce-scatter (N - 1) / N of the whole, all-reduce twice that.
+Each engine of accelerate_configs/ trains the tiny checkpoint for a step on two processes, and the medium one on one,
+two and four. Bytes are those of the collectives inside the step, by the ring algorithms' share of a process:
+all-gather and reduce-scatter (N - 1) / N of the whole, all-reduce twice that.
 """
 
 import argparse

@@ -23,6 +23,8 @@ DIFFERENT_ON_PURPOSE = {
     "make_accelerator": "what weights in bf16 and steps inside the backward pass need",
     "backward": "a step inside the backward pass must not start on a broken loss",
     "clip_gradients": "a step inside the backward pass has clipped already",
+    "read_transformer": "not a base that is quantized, not under the fused backward pass",
+    "load_weights": "adapters, or whole weights",
     "register_state_hooks": "a checkpoint holds adapters, or whole weights",
     "save_results": "one LoRA file, or a pipeline folder",
     "load_results": "base and LoRA file, or the pipeline folder",
@@ -48,6 +50,8 @@ ONLY_IN_ONE = {
     "add_adapter_arguments",
     "add_adapter",
     "save_adapters",
+    "drop_frozen",
+    "expect_no_frozen",
     "save_weights",
 }
 
