@@ -48,7 +48,7 @@ $(VENV)/installed: requirements_flux.txt
 	@touch $@
 
 $(VENV)/tools: $(VENV)/installed pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pytest~=9.2" "pytest-xdist~=3.8" "ruff~=0.17.6" "mypy~=2.4.1"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check "deepspeed==0.19.8" "pytest~=9.2" "pytest-xdist~=3.8" "ruff~=0.17.6" "mypy~=2.4.1"
 	@touch $@
 
 clean:

@@ -74,7 +74,7 @@ def run_recorded(script: ModuleType, flags: list[str], target: torch.Tensor | No
         if target is not None:
             pipeline = FluxPipeline.from_pretrained(
                 run.args.pretrained_model_name_or_path,
-                transformer=script.unwrap(run.accelerator, run.trained.transformer),
+                transformer=script.unwrap(run.trained.transformer),
             )
             cosine = sampled_cosine(pipeline, target)
         points.append(Point(run.state.step, loss, cosine))

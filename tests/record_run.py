@@ -1,12 +1,14 @@
-"""Run training scripts and record what they do; test_processes.py launches this on two processes.
+"""Run training scripts and record what they do; test_processes.py and test_engines.py launch this on two processes.
 
 accelerate launch ... tests/record_run.py JOBS.json
 
 JOBS.json maps folders to lists, each of a script's name and its flags. Each process writes <folder>/<rank>.json.
+With SHARD_ON_CPU in the environment, FSDP2 and DeepSpeed run although there is no GPU.
 """
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 
 
 def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
@@ -25,29 +28,41 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
         from others; "logged": the values of each step; "weights": the sum of each trained weight at the end.
     """
     record: dict[str, Any] = {"micro_batches": [], "logged": []}
+    reads: list[bool] = []
     collate, training_loss, save_results = script.collate, script.training_loss, script.save_results
+    load_frozen_transformer = script.load_frozen_transformer
 
     def record_keys(examples: list[dict[str, Any]]) -> dict[str, Any]:
         record["micro_batches"].append({"keys": [example["key"]._asdict() for example in examples]})
         batch: dict[str, Any] = collate(examples)
         return batch
 
-    def record_inputs(transformer: Any, **inputs: Any) -> Any:
-        numbers = {name: inputs[name].flatten(1).sum(1).tolist() for name in ("noise", "latents")}
-        record["micro_batches"][-1].update(numbers, sigmas=inputs["sigmas"].tolist())
-        return training_loss(transformer, **inputs)
+    def record_inputs(transformer: Any, *validation: Any, **inputs: Any) -> Any:
+        if inputs:
+            numbers = {name: inputs[name].flatten(1).sum(1).tolist() for name in ("noise", "latents")}
+            record["micro_batches"][-1].update(numbers, sigmas=inputs["sigmas"].tolist())
+        return training_loss(transformer, *validation, **inputs)
+
+    def record_read(*args: Any) -> Any:
+        reads.append(True)
+        return load_frozen_transformer(*args)
 
     def record_result(args: Any, accelerator: Any, trained: Any, dtype: Any) -> None:
+        record["reads"] = reads.count(True)
         record["rank"], record["processes"] = accelerator.process_index, accelerator.num_processes
-        record["weights"] = [parameter.detach().double().sum().item() for parameter in trained.parameters]
+        record["weights"] = [float(parameter.detach().double().sum()) for parameter in trained.parameters]
         save_results(args, accelerator, trained, dtype)
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    if "SHARD_ON_CPU" in os.environ:  # accelerate passes FSDP2 and DeepSpeed over where it sees no GPU
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "collate", record_keys)
         patch.setattr(script, "training_loss", record_inputs)
         patch.setattr(script, "save_results", record_result)
+        patch.setattr(script, "load_frozen_transformer", record_read)
         patch.setattr(Accelerator, "log", lambda self, values, *_, **__: record["logged"].append(values))
         script.main(script.parse_args(argv))
     return record

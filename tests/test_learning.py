@@ -33,7 +33,7 @@ def trained_lora(
     original = lora_script.save_results
 
     def record(args: Any, accelerator: Any, trained: Any, dtype: torch.dtype) -> None:
-        transformer, clip = (lora_script.unwrap(accelerator, model).eval() for model in trained.models)
+        transformer, clip = (lora_script.unwrap(model).eval() for model in trained.models)
         live.append(predict(FluxPipeline.from_pretrained(tiny_flux, transformer=transformer, text_encoder=clip)))
         original(args, accelerator, trained, dtype)
 

@@ -369,7 +369,7 @@ def test_the_attention_backend_is_the_one_asked_for(
     save_results = script.save_results
 
     def keep(args: Any, accelerator: Any, trained: Any, dtype: Any) -> None:
-        processors = script.unwrap(accelerator, trained.transformer).attn_processors.values()
+        processors = script.unwrap(trained.transformer).attn_processors.values()
         backends.append({str(processor._attention_backend.value) for processor in processors})
         save_results(args, accelerator, trained, dtype)
 

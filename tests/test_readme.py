@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 from conftest import SCRIPTS, Run
 from tests.local_hub import HubState
@@ -20,7 +22,8 @@ def read_command(block: str) -> tuple[str, list[str]]:
     variables = dict(re.findall(r'^\s*export (\w+)="(.*?)"$', block, re.MULTILINE))
     line = re.sub(r"\\\n", "", block[block.index("accelerate launch") :])
     words = shlex.split(re.sub(r"\$(\w+)", lambda match: variables[match[1]], line))
-    return words[2], words[3:]
+    script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    return words[script], words[script + 1 :]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: read_command(block)[1][2].split("=")[1])
@@ -52,6 +55,13 @@ def test_a_command_runs_to_its_end(
         assert (output / "image_0.png").is_file()
 
 
+def test_the_launch_configurations_are_those_that_the_readme_names() -> None:
+    there = {path.name for path in (ROOT / "accelerate_configs").iterdir()}
+    assert set(re.findall(r"\w+\.yaml", README)) == there
+    for name in there:
+        assert load_config_from_file(str(ROOT / "accelerate_configs" / name)).num_processes >= 1
+
+
 def test_there_are_commands_for_both_scripts() -> None:
     names = [read_command(block)[0] for block in BLOCKS]
     assert len(names) >= 4 and set(names) == {Path(script.__file__).name for script in SCRIPTS.values()}
@@ -64,6 +74,12 @@ def test_every_flag_that_the_readme_names_exists() -> None:
         for action in script.make_parser()._actions
         for option in action.option_strings
     }
+    known |= set(launch_command_parser()._option_string_actions) | {
+        "--nodes",
+        "--ntasks",
+        "--gpus",
+        "--signal",
+    }  # SLURM's
     named = set(re.findall(r"(?<![\w-])--[a-z]\w+", README))
     assert len(named) > 30 and named <= known
 

@@ -1,0 +1,325 @@
+"""FSDP2 and DeepSpeed on two real processes train, validate, checkpoint, resume and save what one process does."""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.utils import DistributedType
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+
+from conftest import SCRIPTS
+from tests.record_run import record_run
+
+ROOT = Path(__file__).parent.parent
+# Engine, script, and how each is run: all four steps with validation; the last two of them from the checkpoint; these
+# from the checkpoint of one process, whose optimizer state does not fit.
+RUNS = {
+    ("fsdp2", "full"): ["whole", "resumed"],
+    ("fsdp2", "lora"): ["whole", "resumed"],
+    ("deepspeed_zero2", "full"): ["whole", "resumed", "from one"],
+    ("deepspeed_zero3", "full"): ["whole"],
+    ("deepspeed_zero3", "lora"): ["whole", "resumed"],
+}
+ENGINES = list(dict.fromkeys(engine for engine, _ in RUNS))
+RESUMED = [case for case, runs in RUNS.items() if "resumed" in runs]
+# Three pictures and five examples on two processes: both are uneven. A schedule that moves, so that its place matters.
+COMMON = [
+    "--instance_prompt=a photo of sks dog", "--resolution=32", "--max_sequence_length=16", "--seed=0",
+    "--report_to=none", "--max_train_steps=4", "--checkpointing_steps=2", "--upcast_before_saving",
+    "--learning_rate=0.01", "--adam_epsilon=0.1", "--max_grad_norm=0.5", "--lr_scheduler=linear", "--lr_warmup_steps=2",
+]  # fmt: skip
+VALIDATION = ["--validation_prompt=a dog", "--num_validation_images=3", "--validation_epochs=1", "--validation_loss"]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All trained weights of a result or a checkpoint."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def distance(first: Path, second: Path) -> float:
+    """The largest difference between two folders' weights."""
+    left, right = read_weights(first), read_weights(second)
+    assert left.keys() == right.keys() and left
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def environment(engine: str, home: Path) -> dict[str, str]:
+    """What makes an engine run without a GPU."""
+    added = {"PYTHONPATH": str(ROOT), "TMPDIR": str(home), "DS_ACCELERATOR": "cpu"}
+    added |= {} if engine == "ddp" else {"SHARD_ON_CPU": "1"}
+    dropped = "ACCELERATE_USE_CPU" if engine.startswith("deepspeed") else ""
+    return {name: value for name, value in (os.environ | added).items() if name != dropped}
+
+
+def command(engine: str, jobs: dict[str, list[str]], home: Path, **changes: Any) -> list[str]:
+    """Launch jobs of record_run.py on two processes by a file of `accelerate_configs/`, in float32."""
+    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{engine}.yaml").read_text())
+    config |= {"num_processes": 2, "mixed_precision": "no", "main_process_port": free_port()} | changes
+    name = f"{engine}-{config['machine_rank']}"
+    (home / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    (home / f"{name}.json").write_text(json.dumps(jobs))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={home / name}.yaml"]
+    return [*launcher, str(ROOT / "tests" / "record_run.py"), str(home / f"{name}.json")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def base(tiny_flux: Path, pictures: Path) -> list[str]:
+    return [*COMMON, f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}"]
+
+
+@pytest.fixture(scope="module")
+def one(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What one process makes of steps of two examples, by script."""
+    folders = {name: tmp_path_factory.mktemp(f"one-{name}") for name in SCRIPTS}
+    for name, folder in folders.items():
+        record = record_run(SCRIPTS[name], [*base, *VALIDATION, "--train_batch_size=2", f"--output_dir={folder}"])
+        (folder / "0.json").write_text(json.dumps(record))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def many(
+    base: list[str], one: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str, str], Path]:
+    """What two processes make of them, by engine, script and run; one launch an engine."""
+    home, folders = tmp_path_factory.mktemp("engines"), {}
+    for engine in ENGINES:
+        jobs = {}
+        for (_, script), runs in (item for item in RUNS.items() if item[0][0] == engine):
+            for run in runs:
+                folder = folders[engine, script, run] = home / f"{engine}-{script}-{run}"
+                folder.mkdir()
+                before = {"whole": None, "resumed": folders[engine, script, "whole"], "from one": one[script]}[run]
+                extra = [f"--resume_from_checkpoint={before / 'checkpoint-2'}"] if before else VALIDATION
+                flags = [*base, "--train_batch_size=1", f"--output_dir={folder}", *extra]
+                jobs[str(folder)] = [SCRIPTS[script].__name__, *flags]
+        launch = command(engine, jobs, home)
+        done = subprocess.run(
+            launch, env=environment(engine, home), cwd=home, capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+    return folders
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """What each process recorded."""
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9].json"))]
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    return [values[name] for values in read_records(folder)[0]["logged"] if name in values]
+
+
+@pytest.mark.parametrize(("engine", "script"), RUNS)
+def test_two_processes_train_what_one_trains(engine: str, script: str, one: Any, many: Any) -> None:
+    folder = many[engine, script, "whole"]
+    assert [record["processes"] for record in read_records(folder)] == [2, 2]
+    for name in ("loss", "grad_norm", "lr"):
+        assert len(logged(folder, name)) == 4
+        assert logged(folder, name) == pytest.approx(logged(one[script], name), rel=1e-5)
+    assert distance(folder, one[script]) < 1e-5
+
+
+@pytest.mark.parametrize(("engine", "script"), RUNS)
+def test_two_processes_validate_as_one_does(engine: str, script: str, one: Any, many: Any) -> None:
+    folder = many[engine, script, "whole"]
+    assert logged(folder, "validation_loss") == pytest.approx(logged(one[script], "validation_loss"), rel=1e-5)
+    for name in [f"validation/step_000003_{number}.png" for number in range(3)] + [f"image_{n}.png" for n in range(3)]:
+        got, expected = (np.asarray(Image.open(path / name), dtype=int) for path in (folder, one[script]))
+        assert abs(got - expected).max() <= 1, name
+
+
+@pytest.mark.parametrize(("engine", "script"), RESUMED)
+def test_a_resumed_run_is_the_run_that_never_stopped(engine: str, script: str, many: Any) -> None:
+    whole, resumed = (many[engine, script, run] for run in ("whole", "resumed"))
+    assert logged(resumed, "loss") == logged(whole, "loss")[2:]
+    assert distance(whole, resumed) == 0
+
+
+def test_a_checkpoint_of_one_process_gives_its_weights_and_schedule_to_an_engine(one: Any, many: Any) -> None:
+    folder = many["deepspeed_zero2", "full", "from one"]
+    assert logged(folder, "loss")[0] == pytest.approx(logged(one["full"], "loss")[2], rel=1e-5)
+    assert logged(folder, "lr") == logged(one["full"], "lr")[2:]
+
+
+@pytest.mark.parametrize(("engine", "script"), RUNS)
+def test_only_one_process_reads_the_transformer(engine: str, script: str, many: Any) -> None:
+    assert [record["reads"] for record in read_records(many[engine, script, "whole"])] == [1, 0]
+
+
+@pytest.mark.parametrize(("engine", "script"), RUNS)
+def test_the_result_loads_into_a_pipeline(engine: str, script: str, tiny_flux: Path, many: Any) -> None:
+    folder = many[engine, script, "whole"]
+    if script == "full":
+        pipeline = FluxPipeline.from_pretrained(folder)
+    else:
+        pipeline = FluxPipeline.from_pretrained(tiny_flux)
+        pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+    state, saved = pipeline.transformer.state_dict(), read_weights(folder)
+    assert sum(value.numel() for name, value in state.items() if script == "full" or "lora" in name) == sum(
+        value.numel() for value in saved.values()
+    )
+
+
+def test_fsdps_lora_checkpoint_leaves_the_frozen_base_out(many: Any) -> None:
+    folder = many["fsdp2", "lora", "whole"] / "checkpoint-2" / "pytorch_model_fsdp_0"
+    names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    assert names and all("lora" in name for name in names)
+
+
+def test_zeros_lora_checkpoint_leaves_the_frozen_base_out(tiny_flux: Path, many: Any) -> None:
+    checkpoint = many["deepspeed_zero3", "lora", "whole"] / "checkpoint-2" / "pytorch_model"
+    base = (tiny_flux / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert 0 < sum(path.stat().st_size for path in checkpoint.iterdir()) < base / 3
+
+
+def test_two_machines_train_together_and_save_once(base: list[str], one: Any, tmp_path: Path) -> None:
+    """Two launchers meet on 127.0.0.1; each has an output folder of its own, as without a shared disk."""
+    address = {"num_machines": 2, "main_process_ip": "127.0.0.1", "main_process_port": free_port()}
+    machines = [tmp_path / "first", tmp_path / "second"]
+    running = []
+    for rank, folder in enumerate(machines):
+        folder.mkdir()
+        flags = [*base, *VALIDATION, "--train_batch_size=1", f"--output_dir={folder}"]
+        jobs = {str(folder): [SCRIPTS["lora"].__name__, *flags]}
+        launch = command("ddp", jobs, tmp_path, machine_rank=rank, rdzv_backend="static", **address)
+        running.append(
+            subprocess.Popen(launch, env=environment("ddp", tmp_path), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        )
+    for process in running:
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, error[-5000:]
+    assert logged(machines[0], "loss") == pytest.approx(logged(one["lora"], "loss"), rel=1e-5)
+    assert distance(machines[0], one["lora"]) < 1e-5
+    assert (machines[0] / "image_2.png").is_file()
+    assert {path.name for path in machines[1].iterdir() if not path.name.startswith(".")} == {"1.json"}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_every_process_runs_as_many_forwards_and_each_picture_is_drawn_once(
+    script: ModuleType, processes: int, count: int
+) -> None:
+    shares = [
+        list(script.own_share(SimpleNamespace(process_index=rank, num_processes=processes), count))
+        for rank in range(processes)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(number for share in shares for number in share if number < count) == list(range(count))
+
+
+ASKED = {
+    "full": ["--train_text_encoder", "--optimizer=adafactor", "--full_bf16", "--fused_backward_pass"],
+    "lora": ["--train_text_encoder", "--optimizer=prodigy", "--base_quantization=int8", "--blocks_to_swap=1"],
+}
+
+
+@pytest.mark.parametrize(("kind", "flag"), [(kind, flag) for kind, flags in ASKED.items() for flag in flags])
+@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_what_shards_cannot_do_is_refused_by_name(kind: str, flag: str, engine: str) -> None:
+    name, _, value = flag.removeprefix("--").partition("=")
+    args = argparse.Namespace(train_text_encoder=False, optimizer="AdamW", use_8bit_adam=False)
+    setattr(args, name, int(value) if value.isdigit() else value or True)
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    accelerator = SimpleNamespace(distributed_type=engine, state=state, is_fsdp2=True)
+    with pytest.raises(SCRIPTS[kind].UsageError, match=f"--{name}"):
+        SCRIPTS[kind].set_up_engine(args, accelerator)
+
+
+def test_eight_bit_adam_is_refused_under_fsdp2(script: ModuleType) -> None:
+    args = argparse.Namespace(train_text_encoder=False, optimizer="AdamW", use_8bit_adam=True)
+    with pytest.raises(script.UsageError, match="--use_8bit_adam"):
+        script.set_up_engine(args, SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True))
+
+
+def test_fsdp1_is_refused(script: ModuleType) -> None:
+    args = argparse.Namespace(train_text_encoder=False, optimizer="AdamW", use_8bit_adam=False)
+    state = SimpleNamespace(fsdp_plugin=None)
+    with pytest.raises(script.UsageError, match="fsdp_version: 2"):
+        script.set_up_engine(args, SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False, state=state))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "fits"),
+    [
+        (("DDP", 2), ("DDP", 1), True),
+        (("FSDP2", 8), ("FSDP2", 4), True),
+        (("ZeRO-3", 8), ("ZeRO-3", 8), True),
+        (("ZeRO-3", 8), ("ZeRO-3", 4), False),
+        (("ZeRO-2", 8), ("ZeRO-3", 8), False),
+        (("DDP", 2), ("FSDP2", 2), False),
+    ],
+)
+def test_an_optimizers_state_is_kept_where_it_fits(script: ModuleType, before: Any, now: Any, fits: bool) -> None:
+    facts = [dict(zip(("engine", "processes"), run, strict=True)) for run in (before, now)]
+    assert script.optimizer_fits(*facts) is fits
+
+
+def check_machines(script: ModuleType, tmp_path: Path, seen: Any, engine: str, resumed: Any) -> None:
+    """`check_machines` of process 0, where the other says that it has `seen`."""
+    accelerator = SimpleNamespace(
+        is_main_process=True, distributed_type=engine, state=None, wait_for_everyone=lambda: None
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.accelerate.utils, "broadcast_object_list", list)
+        patch.setattr(script, "gather_object", lambda mine: [*mine, seen])
+        script.check_machines(argparse.Namespace(output_dir=str(tmp_path)), accelerator, resumed, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("seen", "message"),
+    [
+        (([("instance", "other.png", "a dog")], True, True), "different pictures"),
+        (([], False, True), "not on all machines"),
+        (([], True, False), "not all machines share"),
+    ],
+)
+def test_what_a_machine_lacks_is_said(script: ModuleType, tmp_path: Path, seen: Any, message: str) -> None:
+    with pytest.raises(script.UsageError, match=message):
+        check_machines(script, tmp_path, seen, DistributedType.FSDP, None if seen[1] else (tmp_path, {}))
+
+
+def test_replicas_need_no_shared_output_folder(script: ModuleType, tmp_path: Path) -> None:
+    check_machines(script, tmp_path, ([], True, False), DistributedType.MULTI_GPU, None)
+
+
+def test_a_missing_deepspeed_is_named(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    find_spec = script.find_spec
+    monkeypatch.setattr(script, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
+    with pytest.raises(SystemExit):
+        script.parse_args([*COMMON, "--pretrained_model_name_or_path=x", "--instance_data_dir=y"])
+    assert "pip install deepspeed" in capsys.readouterr().err
+
+
+def test_unwrapping_a_model_does_not_import_deepspeed(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's does, which costs runs that do not use it a second."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # an import would raise
+    inner = torch.nn.Linear(1, 1)
+    outer = torch.nn.Module()
+    outer.module = inner
+    assert script.unwrap(outer) is inner and script.unwrap(inner) is inner
