@@ -4,7 +4,8 @@
 
 Time: a script's `main` runs, and after each of its optimizer steps a bare step of the same model is done in the same
 process: forward, loss, backward, clip, fused AdamW. So both meet the same moments of a busy machine. A script's step is
-everything from one step's end to the next one's, logging included.
+everything from one step's end to the next one's, logging included. Processor time is compared too: it does not depend
+on what else the machine does (set OMP_WAIT_POLICY=passive, or threads that wait for each other count as well).
 
 Memory: a script as a process of its own, against a process that loads the transformer and trains it, which is the
 largest stage.
@@ -18,18 +19,18 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import ModuleType
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 
 from benchmarks.run import GIB, RESOLUTIONS, SCRIPTS, TEXT_LENGTHS, environment, launcher, make_inputs, run_flags
-
-sys.path.insert(0, str(SCRIPTS["lora"].parent))
 
 
 def load_script(name: str) -> ModuleType:
@@ -39,7 +40,7 @@ def load_script(name: str) -> ModuleType:
 class BareTraining:
     """The same model, shapes and optimizer as a script's, and nothing else."""
 
-    def __init__(self, name: str, checkpoint: Path, size: str, precision: str) -> None:
+    def __init__(self, name: str, checkpoint: Path, text_length: int, resolution: int, precision: str) -> None:
         lora, self.bf16 = name == "lora", precision == "bf16"
         dtype = torch.bfloat16 if lora and self.bf16 else torch.float32
         options = {"subfolder": "transformer", "torch_dtype": dtype}
@@ -51,17 +52,17 @@ class BareTraining:
         for parameter in self.parameters:
             parameter.data = parameter.data.float()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=1e-4, fused=True)
-        side, config = RESOLUTIONS[size] // 16, self.model.config
+        side, config = resolution // 16, self.model.config
         rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).float()
-        text = torch.randn(1, TEXT_LENGTHS[size], config.joint_attention_dim, dtype=dtype)
+        text = torch.randn(1, text_length, config.joint_attention_dim, dtype=dtype)
         self.inputs = {
             "hidden_states": torch.randn(1, side**2, config.in_channels),
             "timestep": torch.tensor([0.5]),
             "guidance": torch.ones(1),
             "pooled_projections": torch.randn(1, config.pooled_projection_dim, dtype=dtype),
             "encoder_hidden_states": text,
-            "txt_ids": torch.zeros(TEXT_LENGTHS[size], 3),
+            "txt_ids": torch.zeros(text_length, 3),
             "img_ids": ids,
         }
         self.target = torch.randn_like(self.inputs["hidden_states"])
@@ -75,37 +76,41 @@ class BareTraining:
         self.optimizer.zero_grad()
 
 
-def compare_steps(args: Namespace, name: str, precision: str, checkpoint: Path, pictures: Path, output: Path) -> float:
-    """Alternate a script's steps with bare ones and print the medians; returns the ratio of the medians."""
-    from accelerate.state import AcceleratorState
+def now() -> tuple[float, float]:
+    """Seconds of wall and of processor time."""
+    return time.perf_counter(), time.process_time()
 
+
+def compare_steps(args: Namespace, name: str, precision: str, checkpoint: Path, pictures: Path, output: Path) -> None:
+    """Alternate a script's steps with bare ones, and print the medians and their ratios."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    script, bare = load_script(name), BareTraining(name, checkpoint, args.size, precision)
-    wall: dict[str, list[float]] = {"script": [], "bare": []}
-    original, ended = script.log_step, [0.0]
+    script = load_script(name)
+    bare = BareTraining(name, checkpoint, TEXT_LENGTHS[args.size], args.resolution, precision)
+    original, marks = script.log_step, []
 
     def log_then_step(*values: Any) -> Any:
         logged = original(*values)
-        before = time.perf_counter()
+        marks.append(now())
         bare.step()
-        after = time.perf_counter()
-        if ended[0]:
-            wall["script"].append(before - ended[0])
-            wall["bare"].append(after - before)
-        ended[0] = time.perf_counter()
+        marks.append(now())
         return logged
 
-    flags = [*run_flags(checkpoint, pictures, output, args.size, args.steps + 1), "--cache_latents"]
+    flags = run_flags(checkpoint, pictures, output, args.size, args.steps + 1, args.resolution)
     script.log_step = log_then_step
     try:
-        script.main(script.parse_args([*flags, f"--mixed_precision={precision}"]))
+        script.main(script.parse_args([*flags, "--cache_latents", f"--mixed_precision={precision}"]))
     finally:
         script.log_step = original
-    ours, theirs = (median(times) for times in wall.values())
-    pairs = " ".join(f"{first:.2f}/{second:.2f}" for first, second in zip(*wall.values(), strict=True))
-    label = f"{name} {'float32' if precision == 'no' else precision}"
-    print(f"{label}: {ours:.3f} s a step, bare {theirs:.3f} s, ratio {ours / theirs:.3f}  ({pairs})", flush=True)
-    return ours / theirs
+    label = f"{name} {'float32' if precision == 'no' else precision}, {args.resolution} px"
+    for kind, times in zip(("wall", "processor"), zip(*marks, strict=True), strict=True):
+        spent = [later - earlier for earlier, later in pairwise(times)][1:]  # without the first bare step
+        ours, theirs = spent[::2], spent[1::2]
+        ratio = median(ours) / median(theirs)
+        pairs = " ".join(f"{first:.2f}/{second:.2f}" for first, second in zip(ours, theirs, strict=True))
+        print(
+            f"{label}, {kind}: {median(ours):.3f} s a step, bare {median(theirs):.3f} s, ratio {ratio:.3f}  ({pairs})"
+        )
+    sys.stdout.flush()
 
 
 def peak_of(command: list[str], folder: Path) -> float:
@@ -119,17 +124,19 @@ def peak_of(command: list[str], folder: Path) -> float:
     return usage.ru_maxrss * 1024 / GIB
 
 
-def compare_memory(args: Namespace, name: str, precision: str, checkpoint: Path, pictures: Path, output: Path) -> float:
-    """Print the peak memory of a script and of its largest stage alone; returns the ratio."""
-    flags = [*run_flags(checkpoint, pictures, output, args.size, 2), "--cache_latents", "--report_to=none"]
+def compare_memory(args: Namespace, name: str, precision: str, checkpoint: Path, pictures: Path, output: Path) -> None:
+    """Print the peak memory of a script and of its largest stage alone."""
+    flags = run_flags(checkpoint, pictures, output, args.size, 2, args.resolution)
+    flags += ["--cache_latents", "--report_to=none"]
     ours = peak_of([*launcher(precision, args.threads), str(SCRIPTS[name]), *flags], output.parent)
     code = f"from benchmarks.overhead import BareTraining; from pathlib import Path; bare = BareTraining('{name}', "
-    code += f"Path('{checkpoint}'), '{args.size}', '{precision}'); bare.step(); bare.step()"
+    code += (
+        f"Path('{checkpoint}'), {TEXT_LENGTHS[args.size]}, {args.resolution}, '{precision}'); bare.step(); bare.step()"
+    )
     os.environ["PYTHONPATH"] = str(SCRIPTS[name].parent)
     theirs = peak_of([sys.executable, "-c", code], output.parent)
     label = f"{name} {'float32' if precision == 'no' else precision}"
     print(f"{label}: peak {ours:.2f} GiB, largest stage alone {theirs:.2f} GiB, ratio {ours / theirs:.3f}", flush=True)
-    return ours / theirs
 
 
 def main() -> None:
@@ -139,9 +146,11 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=["no", "bf16"], default=["no", "bf16"], help="which")
     parser.add_argument("--what", nargs="+", choices=["time", "memory"], default=["time", "memory"], help="to compare")
     parser.add_argument("--steps", type=int, default=8, help="of each, after one to warm up (default: 8)")
+    parser.add_argument("--resolution", type=int, help="in pixels (default: 512, on tiny 32)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     parser.add_argument("--work", type=Path, help="keeps the checkpoint")
     args = parser.parse_args()
+    args.resolution = args.resolution or RESOLUTIONS[args.size]
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint, pictures = make_inputs(args.work or Path(temporary), args.size)

@@ -200,7 +200,7 @@ class Plan(NamedTuple):
 
     def command(self, args: Namespace, checkpoint: Path, pictures: Path, script: Path | None = None) -> list[str]:
         """The run of this row, or the same with another script."""
-        flags = run_flags(checkpoint, pictures, args.work / "output", args.size, args.steps, self.resolution)
+        flags = run_flags(checkpoint, pictures, args.output, args.size, args.steps, self.resolution)
         start = launcher(self.precision, args.threads, self.dynamo)
         flags += [f"--mixed_precision={self.precision}", "--report_to=tensorboard", *self.flags, *args.extra]
         return [*start, str(script or SCRIPTS[self.script]), *flags]
@@ -214,14 +214,14 @@ def make_plans(args: Namespace) -> Iterator[Plan]:
         return
     for resolution in (512, 1024):
         for name, (script, dynamo, flags) in GPU_TABLE.items():
-            yield Plan(name, script, resolution, "bf16", dynamo, (*GPU_FLAGS[script], *flags))
+            if args.only in name:
+                yield Plan(name, script, resolution, "bf16", dynamo, (*GPU_FLAGS[script], *flags))
 
 
 def lora_targets(plan: Plan) -> list[str] | None:
     """The layers with adapters, as the LoRA script has them, or None for the full one."""
     if plan.script == "full":
         return None
-    sys.path.insert(0, str(ROOT))
     from train_dreambooth_lora_flux import TRANSFORMER_TARGETS
 
     return TRANSFORMER_TARGETS
@@ -256,7 +256,7 @@ def compare(args: Namespace, plan: Plan, checkpoint: Path, pictures: Path) -> No
         pair = {}
         for kind in list(scripts)[:: 1 if number % 2 else -1]:
             command = plan.command(args, checkpoint, pictures, scripts[kind])
-            pair[kind] = run_once(command, args.work / "output", args.warm_up)
+            pair[kind] = run_once(command, args.output, args.warm_up)
             print(f"{plan.name} {kind}: {pair[kind]}", flush=True)
         pairs.append(pair)
     for field in ("step", "start_up", "host", "device"):
@@ -275,7 +275,7 @@ def run_all(args: Namespace, checkpoint: Path, pictures: Path) -> int:
     for plan in make_plans(args):
         try:
             command = plan.command(args, checkpoint, pictures)
-            row = table_row(args, plan, run_once(command, args.work / "output", args.warm_up))
+            row = table_row(args, plan, run_once(command, args.output, args.warm_up))
         except RuntimeError as error:
             print(error, file=sys.stderr)
             failed += 1
@@ -288,7 +288,7 @@ def run_all(args: Namespace, checkpoint: Path, pictures: Path) -> int:
     return failed
 
 
-def parse_args() -> Namespace:
+def parse_args(argv: list[str]) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(random_flux.SIZES), default="tiny", help="of the models")
     parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS), help="which to measure")
@@ -298,15 +298,17 @@ def parse_args() -> Namespace:
     parser.add_argument("--steps", type=int, default=12, help="of each run (default: 12)")
     parser.add_argument("--warm_up", type=int, default=3, help="steps after the first that do not count (default: 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a run (default: all cores)")
-    parser.add_argument("--work", type=Path, help="keeps the checkpoint, and each run's output until it is read")
+    parser.add_argument("--work", type=Path, help="keeps the checkpoint (default: a temporary folder)")
+    parser.add_argument("--output", type=Path, help="of a run, until it is read: up to 34 GB (default: in --work)")
     parser.add_argument("--against", type=Path, help="another script of the same command line, run in turn with ours")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each with --against (default: 3)")
     parser.add_argument("--gpu_table", action="store_true", help="all rows of the GPU's table, at size dev")
+    parser.add_argument("--only", default="", metavar="TEXT", help="of that table only the rows named so, as 'nf4'")
     parser.add_argument("--peak_tflops", type=float, help="of the GPU, dense bf16 (default: by its name)")
     parser.add_argument("--record", action="store_true", help="append what is measured to benchmarks/results.md")
     parser.add_argument("extra", nargs="*", help="after --: flags for the scripts")
-    args = parser.parse_args()
-    args.invoked = shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]])
+    args = parser.parse_args(argv)
+    args.invoked = shlex.join(["python", "-m", "benchmarks.run", *argv])
     if args.gpu_table:
         args.size = "dev"
         if not torch.cuda.is_available():
@@ -324,10 +326,11 @@ def parse_args() -> Namespace:
     return args
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         args.work = (args.work or Path(temporary)).resolve()
+        args.output = (args.output or args.work).resolve() / "output"
         checkpoint, pictures = make_inputs(args.work, args.size)
         if args.against is None:
             return min(1, run_all(args, checkpoint, pictures))
@@ -337,4 +340,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))
