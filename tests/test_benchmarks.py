@@ -1,0 +1,118 @@
+"""What the benchmarks read and compute is true; one real run on the tiny checkpoint."""
+
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+import random_flux
+import train_dreambooth_lora_flux
+from benchmarks import memory_curve, run
+
+
+def write_events(folder: Path, tag: str, points: list[tuple[float, float]]) -> None:
+    """An event file with one scalar a step: (wall time, value)."""
+    writer = EventFileWriter(str(folder), filename_suffix=f".{tag}")
+    for step, (moment, value) in enumerate(points):
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+        writer.add_event(Event(wall_time=moment, step=step, summary=summary))
+    writer.close()
+
+
+def test_a_step_is_the_median_between_losses_after_the_warm_up(tmp_path: Path) -> None:
+    times = [100.0, 150.0, 153.0, 156.0, 160.0, 179.0, 181.0]  # the first difference is the warm-up's
+    write_events(tmp_path, "loss", [(moment, 0.5) for moment in times])
+    measured = run.read_run(tmp_path, "", started=90.0, usage=SimpleNamespace(ru_maxrss=3 * 1024**2), warm_up=1)
+    assert measured == run.Measured(step=3.0, start_up=10.0, host=3.0)
+
+
+def test_the_peaks_are_the_highest_that_the_run_logged(tmp_path: Path) -> None:
+    write_events(tmp_path, "loss", [(1.0, 0.5), (2.0, 0.5)])
+    write_events(tmp_path / "deeper", "peak_host_memory", [(1.0, 2.0), (2.0, 2.5)])
+    write_events(tmp_path, "peak_device_memory", [(1.0, 8.0), (2.0, 7.0)])
+    log = "INFO Encoding 1 prompts: 1.7 s, peak host memory 0.43 GiB, peak device memory 9.51 GiB\n"
+    log += "INFO Training: 1.7 s, peak host memory 2.5 GiB, peak device memory 8.00 GiB\n"
+    measured = run.read_run(tmp_path, log, started=0.0, usage=None, warm_up=0)
+    assert (measured.host, measured.device, measured.whole_run) == (2.5, 8.0, 9.51)
+
+
+def forward_flops(size: str, tokens: int) -> tuple[float, float, float]:
+    """Forward FLOPs of a transformer: of its linear layers, of the AdaLN's, and of attention's two products.
+
+    Each block has q, k, v and output projections and a feed-forward of four times the width, that is 12 width^2 weights
+    a token; a double block has them for either kind of token. AdaLN acts once a picture.
+    """
+    shapes = random_flux.TRANSFORMER | random_flux.SIZES[size]["transformer"]
+    text, double, single = run.TEXT_LENGTHS[size], shapes["num_layers"], shapes["num_single_layers"]
+    width = shapes["num_attention_heads"] * shapes["attention_head_dim"]
+    blocks = (double + single) * 12 * width**2 * (tokens + text)
+    embedders = 2 * tokens * 64 * width + text * shapes["joint_attention_dim"] * width
+    vectors = 2 * 256 * width + shapes["pooled_projection_dim"] * width + 3 * width**2  # sigma, guidance, CLIP
+    modulation = (double * 2 * 6 + single * 3 + 2) * width**2
+    attention = (double + single) * 2 * (tokens + text) ** 2 * width
+    return 2.0 * (blocks + embedders + vectors), 2.0 * modulation, 2.0 * attention
+
+
+def test_the_flops_of_full_training_are_three_times_the_forward_pass() -> None:
+    """Every weight and, but in the embedders, every input gets a gradient; FLUX.1 [dev] at 512 px."""
+    assert run.model_flops("dev", 512, None) == pytest.approx(3 * sum(forward_flops("dev", 1024)), rel=1e-3)
+
+
+def test_the_flops_of_lora_leave_out_the_gradients_of_frozen_weights() -> None:
+    """The modulation is computed forward only; attention's backward costs twice its forward, as in full training."""
+    linear, modulation, attention = forward_flops("medium", 1024)
+    counted = run.model_flops("medium", 512, train_dreambooth_lora_flux.TRANSFORMER_TARGETS, rank=1)
+    assert counted == pytest.approx(2 * linear + modulation + 3 * attention, rel=1e-2)
+
+
+def test_the_gpu_table_has_sixteen_rows_whose_flags_the_scripts_take() -> None:
+    plans = list(run.make_plans(SimpleNamespace(gpu_table=True, only="")))
+    assert len({(plan.name, plan.resolution) for plan in plans}) == 16
+    required = ["--pretrained_model_name_or_path=x", "--instance_prompt=x", "--instance_data_dir=x"]
+    for plan in plans:
+        script = import_module(run.SCRIPTS[plan.script].stem)
+        args = script.parse_args([*required, f"--mixed_precision={plan.precision}", *plan.flags])
+        assert args.gradient_checkpointing and args.cache_latents
+
+
+def test_the_gpu_table_is_refused_without_a_gpu_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = run.RESULTS.read_text()
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--gpu_table", "--record", f"--work={tmp_path}"])
+    assert "needs a GPU" in capsys.readouterr().err
+    assert run.RESULTS.read_text() == before and list(tmp_path.iterdir()) == []
+
+
+def test_the_stages_of_a_log_are_found_with_their_times() -> None:
+    lines = [
+        (1.0, "05:06:55 INFO Encoding 1 prompts\n"),
+        (1.5, "Encoding prompts: 100%|####| 1/1\n"),
+        (3.0, "05:06:57 INFO Encoding 1 prompts: 2.0 s, peak host memory 0.43 GiB\n"),
+        (4.0, "05:06:58 INFO Training\n"),
+        (4.5, "05:06:58 INFO Training 688,128 parameters in float32 under mixed precision no\n"),
+        (9.0, "05:07:03 INFO Training: 5.0 s, peak host memory 0.50 GiB, peak device memory 0.10 GiB\n"),
+    ]
+    assert memory_curve.find_stages(lines) == [
+        memory_curve.Stage("Encoding 1 prompts", 1.0, 3.0),
+        memory_curve.Stage("Training", 4.0, 9.0),
+    ]
+
+
+def test_a_real_run_is_measured_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results.md")
+    flags = ["--size=tiny", "--scripts", "lora", "--steps=4", "--warm_up=1", "--threads=1", "--record"]
+    assert run.main([*flags, f"--work={tmp_path}", "--", "--rank=2"]) == 0
+    row = run.RESULTS.read_text().splitlines()[-1]
+    assert row in capsys.readouterr().out
+    name, side, precision, step, start_up, *_ = (cell.strip() for cell in row.split("|")[1:])
+    assert (name, side, precision) == ("lora", "32", "no")
+    assert 0 < float(step) < float(start_up)
+    assert not (tmp_path / "output").exists()
