@@ -77,7 +77,13 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, ProjectConfiguration, gather_object
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    ProjectConfiguration,
+    disable_fsdp_ram_efficient_loading,
+    gather_object,
+)
 from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -471,6 +477,7 @@ def missing_packages(args: Namespace) -> Iterator[str]:
         "torch_npu": args.enable_npu_flash_attention and "--enable_npu_flash_attention",
         "tensorboard": args.report_to == "tensorboard" and "--report_to=tensorboard",
         "wandb": args.report_to == "wandb" and "--report_to=wandb",
+        "deepspeed": os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and "accelerate's configuration",
     }
     for package, flag in packages.items():
         if flag and find_spec(package) is None:
@@ -1230,6 +1237,29 @@ def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
         transformer.set_attention_backend(backend)
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the processes hold parts of what is trained (FSDP2, ZeRO), so that all must run each forward together."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def read_transformer(args: Namespace, accelerator: Accelerator, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """The transformer, frozen in `dtype`: on the device, or on the CPU for an engine that shards it.
+
+    Only process 0 reads the file where the engine gives its weights to all, as DDP, FSDP2 and ZeRO do: the others
+    reserve memory, which stays untouched on the CPU.
+    """
+    device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
+    given = is_sharded(accelerator) or accelerator.distributed_type == DistributedType.MULTI_GPU
+    given = given and args.base_quantization == "none"
+    if accelerator.is_main_process or not given:
+        return load_frozen_transformer(args, dtype, device)
+    options = hub_options(args, subfolder="transformer")
+    config = FluxTransformer2DModel.load_config(args.pretrained_model_name_or_path, **options)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config).to(dtype)
+    return transformer.to_empty(device=device).requires_grad_(False)
+
+
 def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
     """Compile each block by accelerate's dynamo settings; one graph serves all blocks of a kind.
 
@@ -1420,9 +1450,11 @@ def load_frozen_transformer(args: Namespace, dtype: torch.dtype, device: torch.d
     return transformer.to(device)
 
 
-def load_transformer(args: Namespace, dtype: torch.dtype, device: torch.device, seed: int) -> FluxTransformer2DModel:
-    """The frozen transformer on `device` with trainable adapters in float32."""
-    transformer = load_frozen_transformer(args, dtype, device)
+def load_transformer(
+    args: Namespace, accelerator: Accelerator, dtype: torch.dtype, seed: int
+) -> FluxTransformer2DModel:
+    """The frozen transformer with trainable adapters in float32."""
+    transformer = read_transformer(args, accelerator, dtype)
     targets = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else TRANSFORMER_TARGETS
     add_adapter(args, transformer, targets, seed)
     set_up_blocks(args, transformer)
@@ -1430,7 +1462,7 @@ def load_transformer(args: Namespace, dtype: torch.dtype, device: torch.device, 
     if args.blocks_to_swap > len(blocks):
         raise UsageError(f"--blocks_to_swap is {args.blocks_to_swap}; this transformer has {len(blocks)} blocks")
     if args.blocks_to_swap:
-        BlockSwap(blocks, args.blocks_to_swap, device)
+        BlockSwap(blocks, args.blocks_to_swap, accelerator.device)
     return transformer.train()
 
 
@@ -1568,7 +1600,13 @@ class Trained:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = (parameter for model in self.models for parameter in model.parameters())
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
+    @property
+    def size(self) -> int:
+        """How many numbers are trained; ZeRO-3 leaves empty parameters where it shards."""
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.parameters)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -1749,11 +1787,7 @@ def checkpoint_bytes(trained: Trained) -> int:
     """About what a checkpoint takes on the disk: float32 weights and the optimizer's state."""
     states = torch.utils._pytree.tree_leaves(trained.optimizer.state_dict())
     copies = 1 if trained.ema is None else 2
-    return (
-        2**20
-        + copies * sum(4 * parameter.numel() for parameter in trained.parameters)
-        + sum(value.nbytes for value in states if isinstance(value, Tensor))
-    )
+    return 2**20 + copies * 4 * trained.size + sum(value.nbytes for value in states if isinstance(value, Tensor))
 
 
 def not_written(args: Namespace, what: str, needed: int, error: Exception) -> RunError:
@@ -1793,7 +1827,7 @@ def save_checkpoint(run: Run) -> None:
             if shutil.disk_usage(output).free < needed:
                 raise OSError("not enough space")
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
+        accelerator.save_state(str(partial), exclude_frozen_parameters=True)  # DeepSpeed's word
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return
@@ -1816,9 +1850,14 @@ def save_checkpoint(run: Run) -> None:
             shutil.rmtree(path.rename(path.with_name(f".{path.name}{PARTIAL}")))  # never a half-deleted checkpoint
 
 
-def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:
-    """The model under what accelerate put around it for processes and compiling."""
-    return accelerator.unwrap_model(model, keep_torch_compile=False)
+def unwrap(model: nn.Module) -> Any:
+    """The model under what accelerate put around it for processes and compiling.
+
+    accelerate's own `unwrap_model` imports DeepSpeed wherever it is installed, which takes a second.
+    """
+    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
+        model = inner
+    return model
 
 
 def component_name(model: nn.Module) -> str:
@@ -1826,29 +1865,60 @@ def component_name(model: nn.Module) -> str:
     return "transformer" if isinstance(model, FluxTransformer2DModel) else "text_encoder"
 
 
+def load_weights(model: Any, folder: Path) -> None:
+    """Give an unwrapped model the adapters of a checkpoint.
+
+    Raises:
+        UsageError: if they are others than the model's.
+    """
+    prefix = component_name(model) + "."
+    state = load_file(folder / LORA_FILE)
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    left = set_peft_model_state_dict(model, own)
+    missing = [name for name in left.missing_keys if "lora" in name]
+    if left.unexpected_keys or missing:
+        raise UsageError(
+            f"{folder} has other adapters than this run (check --lora_layers, --train_text_encoder): "
+            f"missing {missing[:3]}, unexpected {left.unexpected_keys[:3]}"
+        )
+
+
+def drop_frozen(model: nn.Module, state: dict[str, Any], prefix: str, _: dict) -> None:
+    """Keep the frozen base out of FSDP's checkpoints: 22 GiB each."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
+
+
+def expect_no_frozen(_: nn.Module, left: Any) -> None:
+    """The other half of `drop_frozen`, when a checkpoint is loaded."""
+    left.missing_keys[:] = [name for name in left.missing_keys if "lora" in name]
+
+
 def register_state_hooks(accelerator: Accelerator) -> None:
-    """Make `save_state` write models in the formats that pipelines load, and `load_state` read them."""
+    """Make `save_state` write models in the formats that pipelines load, and `load_state` read them.
+
+    FSDP2 and DeepSpeed write and read their shards of the models beside it.
+    """
 
     def save_hook(models: list[nn.Module], weights: list[Any], folder: str) -> None:
         save_adapters(accelerator, models, Path(folder), torch.float32)
+        save_adapters(accelerator, models, Path(folder), None)
         weights.clear()
 
     def load_hook(models: list[nn.Module], folder: str) -> None:
-        state = load_file(Path(folder) / LORA_FILE)
         while models:
-            model = unwrap(accelerator, models.pop())
-            prefix = component_name(model) + "."
-            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            left = set_peft_model_state_dict(model, own)
-            missing = [name for name in left.missing_keys if "lora" in name]
-            if left.unexpected_keys or missing:
-                raise UsageError(
-                    f"{folder} has other adapters than this run (check --lora_layers, --train_text_encoder): "
-                    f"missing {missing[:3]}, unexpected {left.unexpected_keys[:3]}"
-                )
+            load_weights(unwrap(models.pop()), Path(folder))
 
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
+
+
+def load_schedule(trained: Trained, checkpoint: Path) -> None:
+    """Go on with the schedule of a checkpoint whose optimizer does not fit this run."""
+    trained.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.bin"))
+    for group, lr in zip(trained.optimizer.param_groups, trained.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
 
 
 # ======================================================================================================================
@@ -1873,7 +1943,11 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 @torch.no_grad()
 def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int) -> None:
-    """Draw the class pictures that are missing, at the training resolution, the processes sharing the work."""
+    """Draw the class pictures that are missing, at the training resolution, the processes sharing the work.
+
+    Raises:
+        UsageError: if the machines do not share the folder.
+    """
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -1908,6 +1982,19 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
             bar.update(len(part))
         bar.close()
     accelerator.wait_for_everyone()
+    if len(list_picture_files(folder)) < args.num_class_images:
+        raise UsageError(
+            f"--class_data_dir is {args.class_data_dir!r}: each machine has drawn a part; share the folder"
+        )
+
+
+def own_share(accelerator: Accelerator, count: int) -> range:
+    """This process's part of `count` forwards; as many on all processes, numbers from `count` on are fillers."""
+    return range(
+        accelerator.process_index,
+        -(-count // accelerator.num_processes) * accelerator.num_processes,
+        accelerator.num_processes,
+    )
 
 
 @torch.no_grad()
@@ -1918,25 +2005,28 @@ def sample_pictures(
     vae: AutoencoderKL,
     embeds: list[PromptEmbeds],
     seed: int,
+    numbers: range,
     desc: str,
-) -> list[Image.Image]:
-    """Draw `--num_validation_images` pictures of each prompt, the processes sharing the work; all on the main process.
+) -> dict[int, Image.Image]:
+    """Draw the pictures of these numbers, `--num_validation_images` of each prompt, but for fillers beyond the last.
+
+    Fillers only keep the processes of a sharded model in step.
 
     At the training's resolution and text length, from the same noise every time. The transformer is used as it is:
     neither cast nor moved.
     """
     pipeline = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
     pipeline.set_progress_bar_config(disable=True)
-    images = args.num_validation_images
-    numbers = range(accelerator.process_index, images * len(embeds), accelerator.num_processes)
+    images, count = args.num_validation_images, args.num_validation_images * len(embeds)
     dtype = transformer.dtype if not transformer.training else torch.float32
     was_training = transformer.training
     transformer.eval()
     pictures = {}
     for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
+        prompt = embeds[number % count // images]
         latents = pipeline(
-            prompt_embeds=embeds[number // images].prompt_embeds[None].to(accelerator.device, dtype),
-            pooled_prompt_embeds=embeds[number // images].pooled_prompt_embeds[None].to(accelerator.device, dtype),
+            prompt_embeds=prompt.prompt_embeds[None].to(accelerator.device, dtype),
+            pooled_prompt_embeds=prompt.pooled_prompt_embeds[None].to(accelerator.device, dtype),
             height=args.resolution,
             width=args.resolution,
             guidance_scale=args.validation_guidance_scale,
@@ -1944,9 +2034,10 @@ def sample_pictures(
             generator=generator_for(seed, "validation", number % images),
             output_type="latent",
         ).images
-        pictures[number] = decode_latents(vae, latents, args.resolution)
+        if number < count:
+            pictures[number] = decode_latents(vae, latents, args.resolution)
     transformer.train(was_training)
-    return [picture for _, picture in sorted(gather_dicts(pictures).items())]
+    return pictures
 
 
 def log_pictures(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
@@ -1998,8 +2089,10 @@ def draw_validation_pictures(run: Run) -> None:
     args, accelerator, data, state = run.args, run.accelerator, run.data, run.state
     prompts = [data.prompts[prompt] for prompt in validation_prompts(args)]
     embeds = [embed_prompt(accelerator, run.trained.text_encoder, prompt) for prompt in prompts]
-    transformer, vae = unwrap(accelerator, run.trained.transformer), data.vae.to(accelerator.device)
-    pictures = sample_pictures(args, accelerator, transformer, vae, embeds, state.seed, "Validation")
+    transformer, vae = unwrap(run.trained.transformer), data.vae.to(accelerator.device)
+    numbers = own_share(accelerator, args.num_validation_images * len(embeds))
+    mine = sample_pictures(args, accelerator, transformer, vae, embeds, state.seed, numbers, "Validation")
+    pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
     if data.dataset.cached is not None:  # the training does not need it in between
         vae.to("cpu")
     if accelerator.is_main_process:
@@ -2035,20 +2128,22 @@ def validation_loss(run: Run) -> float:
     Unlike the training loss, whose sigmas and noise are drawn anew, it compares from step to step and run to run.
     """
     accelerator, data = run.accelerator, run.data
-    transformer, device = unwrap(accelerator, run.trained.transformer), accelerator.device
+    transformer, device = unwrap(run.trained.transformer), accelerator.device
     guidance = make_guidance(transformer, run.args.guidance_scale, 1, device)
     total, weights = torch.zeros((), device=device), torch.ones(1, device=device)
     transformer.eval()
-    for number in range(accelerator.process_index, len(data.validation), accelerator.num_processes):
-        prompt, latents = data.validation[number]
+    count = len(data.validation)
+    for number in own_share(accelerator, count):
+        prompt, latents = data.validation[number % count]
         embeds = embed_prompt(accelerator, run.trained.text_encoder, data.prompts[prompt])
         text, pooled = embeds.prompt_embeds[None].to(device), embeds.pooled_prompt_embeds[None].to(device)
         for level in range(VALIDATION_SIGMAS):
             sigmas = torch.full((1,), (level + 0.5) / VALIDATION_SIGMAS, device=device)
             noise = draw_normal(latents.shape[1:], 0, "validation", [(number, level)]).to(device)
-            total += training_loss(transformer, latents.to(device), noise, sigmas, text, pooled, guidance, weights)
+            loss = training_loss(transformer, latents.to(device), noise, sigmas, text, pooled, guidance, weights)
+            total += loss * (number < count)
     transformer.train()
-    return accelerator.reduce(total, reduction="sum").item() / (len(data.validation) * VALIDATION_SIGMAS)
+    return accelerator.reduce(total, reduction="sum").item() / (count * VALIDATION_SIGMAS)
 
 
 def log_validation_loss(run: Run) -> None:
@@ -2064,6 +2159,26 @@ def log_validation_loss(run: Run) -> None:
 # ======================================================================================================================
 # 10. Results (plumbing)
 # ======================================================================================================================
+
+
+def whole_weights(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The trained weights by name, in `dtype` or as trained, on the CPU of the main process; nothing on the others.
+
+    Called on all processes: what is sharded is gathered tensor by tensor.
+    """
+    weights = {}
+    for name, parameter in unwrap(model).named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from deepspeed.utils import safe_get_full_fp32_param  # optional
+
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # FSDP2's
+        if accelerator.is_main_process:
+            weights[name] = whole.detach().to("cpu", dtype)
+    return weights
 
 
 def to_kohya(model: Any, layers: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -2095,18 +2210,18 @@ def to_kohya(model: Any, layers: dict[str, Tensor], scale: float) -> dict[str, T
 
 
 def save_adapters(
-    accelerator: Accelerator, models: list[nn.Module], folder: Path, dtype: torch.dtype, kohya: bool = False
+    accelerator: Accelerator, models: list[nn.Module], folder: Path, dtype: torch.dtype | None, kohya: bool = False
 ) -> None:
     """Write all adapters with their metadata (rank, alpha, targets) into one file; called on all processes."""
     parts: dict[str, Any] = {}
     renamed: dict[str, Tensor] = {}
     for wrapped in models:
-        model: Any = unwrap(accelerator, wrapped)
-        layers = get_peft_model_state_dict(model, save_embedding_layers=False)
-        layers = {key: value.detach().to("cpu", dtype) for key, value in layers.items()}
+        model: Any = unwrap(wrapped)
         name, config = component_name(model), model.peft_config["default"]
+        weights = whole_weights(accelerator, wrapped, dtype)
+        layers = get_peft_model_state_dict(model, weights, save_embedding_layers=False)
         parts |= {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": config.to_dict()}
-        if kohya:
+        if kohya and layers:  # on the main process
             renamed |= to_kohya(model, layers, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
     if accelerator.is_main_process:
         FluxPipeline.save_lora_weights(folder, weight_name=LORA_FILE, **parts)
@@ -2143,13 +2258,17 @@ def draw_final_pictures(
     args: Namespace, accelerator: Accelerator, prompts: list[PromptEmbeds], state: RunState, dtype: torch.dtype
 ) -> None:
     """Draw pictures from what was saved, which proves the files; `image_<n>.png` and the trackers."""
-    pipeline = load_results(args, dtype, accelerator.device).to(accelerator.device)
-    text_encoder = pipeline.text_encoder if args.train_text_encoder else None
-    embeds = [embed_prompt(accelerator, text_encoder, prompt) for prompt in prompts]
-    pipeline.transformer.eval()
-    pictures = sample_pictures(
-        args, accelerator, pipeline.transformer, pipeline.vae, embeds, state.seed, "Final pictures"
-    )
+    mine: dict[int, Image.Image] = {}
+    # The first machine's processes share the work: another may not see what was saved.
+    count, processes = args.num_validation_images * len(prompts), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    numbers = range(count)[accelerator.process_index :: processes]
+    if accelerator.process_index == accelerator.local_process_index and numbers:
+        pipeline = load_results(args, dtype, accelerator.device).to(accelerator.device)
+        text_encoder = pipeline.text_encoder if args.train_text_encoder else None
+        embeds = [embed_prompt(accelerator, text_encoder, prompt) for prompt in prompts]
+        models = (pipeline.transformer.eval(), pipeline.vae)
+        mine = sample_pictures(args, accelerator, *models, embeds, state.seed, numbers, "Final pictures")
+    pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
     if accelerator.is_main_process:
         for number, picture in enumerate(pictures):
             save_picture(picture, Path(args.output_dir) / f"image_{number}.png")
@@ -2449,7 +2568,7 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> dict
     scheme = (args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale, shift)
     embeds = [data.prompts[prompt] for prompt in batch["prompts"]]
     pooled = "pooled_prompt_embeds" if run.trained.text_encoder is None else "clip_ids"
-    transformer = unwrap(run.accelerator, run.trained.transformer)
+    transformer = unwrap(run.trained.transformer)
     return {
         "latents": sample_latents(
             distribution, move(draw_normal(shape, seed, "posterior", places)), data.shift_factor, data.scaling_factor
@@ -2497,10 +2616,13 @@ def clip_gradients(run: Run) -> Tensor | None:
 
 @contextlib.contextmanager
 def accumulate(accelerator: Accelerator, models: list[nn.Module], last: bool) -> Iterator[None]:
-    """Gradients are shared between processes, and the optimizer may step, only in the `last` micro-batch of a step."""
+    """Gradients are shared between processes, and the optimizer may step, only in the `last` micro-batch of a step.
+
+    What is sharded is shared in each micro-batch: else a process would hold the whole gradient in between, 44 GiB.
+    """
     accelerator.sync_gradients = last
     with contextlib.ExitStack() as stack:
-        if not last:
+        if not (last or is_sharded(accelerator)):
             for model in models:
                 stack.enter_context(accelerator.no_sync(model))
         yield
@@ -2666,9 +2788,56 @@ def make_accelerator(args: Namespace) -> Accelerator:
         )
     for note in notes_on_args(args):
         logger.warning(note)
+    set_up_engine(args, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """In which form a checkpoint holds the optimizer's state: a run on one process and DDP's have the same."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else "DDP"
+
+
+def set_up_engine(args: Namespace, accelerator: Accelerator) -> None:
+    """Tell FSDP2 or DeepSpeed what the flags say, with which accelerate's configuration knows nothing of.
+
+    Raises:
+        UsageError: for what the engine cannot do.
+    """
+    if is_sharded(accelerator):
+        names = ("train_text_encoder", "base_quantization", "blocks_to_swap", "full_bf16", "fused_backward_pass")
+        asked = [f"--{name}" for name in names if getattr(args, name, None) not in (None, False, 0, "none")]
+        if args.optimizer.lower() != "adamw":  # it would measure a shard where it means a tensor
+            asked.append(f"--optimizer={args.optimizer}")
+        if args.use_8bit_adam and accelerator.distributed_type == DistributedType.FSDP:  # knows no DTensor
+            asked.append("--use_8bit_adam")
+        if asked:
+            raise UsageError(
+                f"{', '.join(asked)}: not with {engine_name(accelerator)}, which shards one model and steps with plain "
+                "AdamW; leave it out, or use accelerate_configs/ddp.yaml"
+            )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if not accelerator.is_fsdp2:
+            raise UsageError("accelerate's configuration asks for FSDP1; set fsdp_version: 2 in fsdp_config")
+        disable_fsdp_ram_efficient_loading()  # in transformers: each process encodes with text encoders of its own
+        plugin.cpu_ram_efficient_loading = True
+        if (
+            plugin.mixed_precision_policy is not None
+        ):  # gradients are summed in float32; autocast, not FSDP, casts inputs
+            changes = {"reduce_dtype": torch.float32, "output_dtype": None, "cast_forward_inputs": False}
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **changes)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        plugin.zero3_init_flag, plugin.dschf = False, None  # nor are the text encoders sharded
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": args.train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "gradient_clipping": args.max_grad_norm,
+        }
 
 
 def check_model(args: Namespace) -> None:
@@ -2756,7 +2925,35 @@ def begin(args: Namespace, accelerator: Accelerator) -> tuple[dict[str, list[Pic
                 check_fits(args, *resumed)
             found = [make_output_folder(args), resumed]
     repo_id, resumed = accelerate.utils.broadcast_object_list(found)
+    check_machines(args, accelerator, resumed, pictures)
     return pictures, resumed, repo_id
+
+
+def check_machines(args: Namespace, accelerator: Accelerator, resumed: Any, pictures: dict[str, list[Picture]]) -> None:
+    """See that all machines have what they need: the same pictures, the checkpoint, and a shard's folder.
+
+    Raises:
+        UsageError: on all processes, naming what to share or copy.
+    """
+    probe = Path(args.output_dir) / f".probe-{random.SystemRandom().random()}{PARTIAL}"
+    probe = accelerate.utils.broadcast_object_list([probe])[0]
+    if accelerator.is_main_process:
+        probe.touch()
+    accelerator.wait_for_everyone()
+    names = [(kind, picture.name, picture.prompt) for kind, part in pictures.items() for picture in part]
+    checkpoint = resumed is None or (resumed[0] / STATE_FILE).is_file()
+    pictures_of, checkpoint_of, folder_of = zip(*gather_object([(names, checkpoint, probe.exists())]), strict=True)
+    if accelerator.is_main_process:
+        probe.unlink()
+    if any(others != names for others in pictures_of):
+        raise UsageError("the machines have different pictures; copy the folders, or put them on a disk that all see")
+    if not all(checkpoint_of):
+        raise UsageError(f"{resumed[0]} is not on all machines; copy it, or put --output_dir on a disk that all see")
+    if is_sharded(accelerator) and not all(folder_of):
+        raise UsageError(
+            f"--output_dir is {args.output_dir!r}, which not all machines share; {engine_name(accelerator)} writes "
+            "its checkpoints from all of them: give a folder on a disk that all see"
+        )
 
 
 def start_state(args: Namespace, resumed: Any) -> RunState:
@@ -2791,6 +2988,7 @@ def prepare_data(
     names = [(half, picture.name, picture.prompt) for half, part in dataset.halves.items() for picture in part]
     facts = {
         "processes": accelerator.num_processes,
+        "engine": engine_name(accelerator),
         "precision": accelerator.mixed_precision,
         "pictures and prompts": f"{len(names)} ({zlib.crc32(json.dumps(names).encode()):08x})",
     }
@@ -2803,40 +3001,62 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def prepare_training(args: Namespace, accelerator: Accelerator, seed: int) -> Trained:
-    """Load what is trained, make its optimizer and schedule, and hand all of it to accelerate."""
-    device = accelerator.device
+def prepare_training(args: Namespace, accelerator: Accelerator, seed: int, weights: Path | None) -> Trained:
+    """Load what is trained, make its optimizer and schedule, and hand all of it to accelerate.
+
+    `weights` is a checkpoint of which only the weights can be used, or None.
+    """
     dtype, adapter_seed = weight_dtype(accelerator), generator_for(seed, "adapters").initial_seed()
-    transformer = load_transformer(args, dtype, device, adapter_seed)
-    text_encoder = load_text_encoder(args, dtype, adapter_seed).to(device) if args.train_text_encoder else None
+    transformer = load_transformer(args, accelerator, dtype, adapter_seed)
+    text_encoder = (
+        load_text_encoder(args, dtype, adapter_seed).to(accelerator.device) if args.train_text_encoder else None
+    )
+    if weights is not None and accelerator.is_main_process:  # whose weights all start from
+        for model in filter(None, (transformer, text_encoder)):
+            load_weights(model, weights)
+    if is_sharded(accelerator) and accelerator.mixed_precision != "no":  # accelerate does so for the others
+        transformer.forward = torch.autocast(accelerator.device.type, weight_dtype(accelerator))(transformer.forward)
     compile_blocks(accelerator, transformer)
     optimizer = make_optimizer(args, parameter_groups(args, transformer, text_encoder), seed)
     lr_scheduler = make_lr_scheduler(args, optimizer)
     transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     if text_encoder is not None:
         text_encoder = accelerator.prepare(text_encoder)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        transformer.register_state_dict_post_hook(drop_frozen)
+        transformer.register_load_state_dict_post_hook(expect_no_frozen)
     register_state_hooks(accelerator)
     trained = Trained(transformer, text_encoder, optimizer, lr_scheduler)
-    count = sum(parameter.numel() for parameter in trained.parameters)
     kinds = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained.parameters}))
-    logger.info(f"Training {count:,} parameters in {kinds} under mixed precision {accelerator.mixed_precision}")
+    logger.info(f"Training {trained.size:,} parameters in {kinds} under mixed precision {accelerator.mixed_precision}")
     return trained
+
+
+def optimizer_fits(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a checkpoint's optimizer state can be loaded: its engine is this one, and for ZeRO its processes too."""
+    same = before.get("engine", now["engine"]) == now["engine"]
+    return same and (before["processes"] == now["processes"] or not now["engine"].startswith("ZeRO"))
 
 
 def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: Any, state: RunState) -> None:
     """Load, train, save: when this returns, the memory of the training is free."""
+    checkpoint, facts = resumed or (None, {"data": data.facts})
+    fits = optimizer_fits(facts["data"], data.facts)
     with stage(args, accelerator, "Loading the transformer"):
-        trained = prepare_training(args, accelerator, state.seed)
+        trained = prepare_training(args, accelerator, state.seed, None if fits else checkpoint)
         if args.use_ema:
             trained.ema = EMAModel([parameter.float() for parameter in trained.parameters], args.ema_decay)
             accelerator.register_for_checkpointing(trained.ema)
-    if resumed is not None:
-        checkpoint, facts = resumed
-        accelerator.load_state(str(checkpoint))
+    if checkpoint is not None:
+        if fits:
+            accelerator.load_state(str(checkpoint), load_module_strict=False)  # DeepSpeed's word: frozen are left out
+        else:
+            load_schedule(trained, checkpoint)
         if trained.ema is not None:  # which came back on the CPU, with the decay that it had
             trained.ema.to(accelerator.device)
             trained.ema.decay = args.ema_decay
-        logger.info(f"Resuming from {checkpoint} at step {state.step} of {args.max_train_steps}")
+        kept = "everything" if fits else "the weights and the schedule, not the optimizer's state"
+        logger.info(f"Resuming from {checkpoint} at step {state.step} of {args.max_train_steps}, with {kept}")
         for change in changes_since(args, facts, data.facts):
             logger.warning(f"Changed since {checkpoint.name}, so this run is not the one it would have been: {change}")
     run = Run(args, accelerator, data, trained, state)
@@ -2856,7 +3076,7 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
             raise
         except Exception as error:  # each writer has its own kind of error for a full disk
             shutil.rmtree(Path(args.output_dir) / f".results{PARTIAL}", ignore_errors=True)
-            raise not_written(args, "the result", 4 * sum(map(Tensor.numel, trained.parameters)), error) from error
+            raise not_written(args, "the result", 4 * trained.size, error) from error
     accelerator.free_memory()
 
 
