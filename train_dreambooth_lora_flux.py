@@ -138,19 +138,9 @@ KOHYA_LAYERS = {  # kohya's layers, and those here that each of them fuses, in o
 }  # fmt: skip
 KIND, TAGS = "LoRA", ["lora", "template:sd-lora"]
 TRANSFORMER_TARGETS = [  # the attention and feed-forward layers of the double blocks, attention of the single blocks
-    "attn.to_k",
-    "attn.to_q",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_k_proj",
-    "attn.add_q_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-]
+    "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj",
+    "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+]  # fmt: skip
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -200,46 +190,44 @@ def parse_flow_shift(text: str) -> float | str | None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="FLUX.1 on the Hub, or a folder in diffusers' format"
-    )
-    group.add_argument("--revision", help="branch, tag or commit of the checkpoint on the Hub")
-    group.add_argument("--variant", help="variant of the weight files, for example fp16")
-    group.add_argument("--cache_dir", help="where downloaded models and datasets are kept")
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="FLUX.1 on the Hub, or a folder in diffusers' format")
+    add("--revision", help="branch, tag or commit of the checkpoint on the Hub")
+    add("--variant", help="variant of the weight files, for example fp16")
+    add("--cache_dir", help="where downloaded models and datasets are kept")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pictures and captions", "give --instance_data_dir or --dataset_name")
-    group.add_argument("--instance_data_dir", help="folder with the pictures of the subject")
-    group.add_argument("--dataset_name", help="dataset with the pictures: a Hub name or a local folder")
-    group.add_argument("--dataset_config_name", help="configuration of the dataset, if it has several")
-    group.add_argument("--image_column", default="image", help="column of the dataset with the pictures")
-    group.add_argument("--caption_column", help="captions: column of the dataset, or of metadata.jsonl or .csv")
-    group.add_argument("--caption_extension", help="captions: files beside the pictures, for example .txt")
-    group.add_argument("--caption_dropout", type=float, default=0.0, help="share of prompts to leave empty")
-    group.add_argument("--instance_prompt", help="prompt with a rare word for pictures without a caption")
-    group.add_argument("--repeats", type=int, default=1, help="how often each picture is seen in an epoch")
-    group.add_argument("--resolution", type=int, default=512, help="side of the square in pixels, a multiple of 16")
-    group.add_argument("--aspect_ratio_buckets", help="crop to one of 'height,width;...', or auto")
-    group.add_argument("--center_crop", action="store_true", help="crop the centre; else a new random crop each epoch")
-    group.add_argument("--random_flip", action="store_true", help="mirror half of the pictures, drawn anew each epoch")
-    group.add_argument("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="resize filter")
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that load pictures; 0: none")
-    group.add_argument(
-        "--cache_latents", action="store_true", help="encode each picture once, with one crop, and free the VAE"
-    )
+    add = parser.add_argument_group("pictures and captions", "give --instance_data_dir or --dataset_name").add_argument
+    add("--instance_data_dir", help="folder with the pictures of the subject")
+    add("--dataset_name", help="dataset with the pictures: a Hub name or a local folder")
+    add("--dataset_config_name", help="configuration of the dataset, if it has several")
+    add("--image_column", default="image", help="column of the dataset with the pictures")
+    add("--caption_column", help="captions: column of the dataset, or of metadata.jsonl or .csv")
+    add("--caption_extension", help="captions: files beside the pictures, for example .txt")
+    add("--caption_dropout", type=float, default=0.0, help="share of prompts to leave empty")
+    add("--instance_prompt", help="prompt with a rare word for pictures without a caption")
+    add("--repeats", type=int, default=1, help="how often each picture is seen in an epoch")
+    add("--resolution", type=int, default=512, help="side of the square in pixels, a multiple of 16")
+    add("--aspect_ratio_buckets", help="crop to one of 'height,width;...', or auto")
+    add("--center_crop", action="store_true", help="crop the centre; else a new random crop each epoch")
+    add("--random_flip", action="store_true", help="mirror half of the pictures, drawn anew each epoch")
+    add("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="resize filter")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that load pictures; 0: none")
+    add("--cache_latents", action="store_true", help="encode each picture once, with one crop, and free the VAE")
 
 
 def add_prior_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prior preservation", "train on the model's own pictures of the class as well")
-    group.add_argument("--with_prior_preservation", action="store_true", help="train on class pictures as well")
-    group.add_argument("--class_data_dir", help="folder of class pictures; missing ones are generated")
-    group.add_argument("--class_prompt", help="prompt of the class, for example 'a photo of a dog'")
-    group.add_argument("--num_class_images", type=int, default=100, help="class pictures that there should be")
-    group.add_argument("--prior_loss_weight", type=float, default=1.0, help="weight of the class pictures' loss")
-    group.add_argument("--sample_batch_size", type=int, default=4, help="class pictures generated at a time")
-    group.add_argument(
+    add = parser.add_argument_group(
+        "prior preservation", "train on the model's own pictures of the class as well"
+    ).add_argument
+    add("--with_prior_preservation", action="store_true", help="train on class pictures as well")
+    add("--class_data_dir", help="folder of class pictures; missing ones are generated")
+    add("--class_prompt", help="prompt of the class, for example 'a photo of a dog'")
+    add("--num_class_images", type=int, default=100, help="class pictures that there should be")
+    add("--prior_loss_weight", type=float, default=1.0, help="weight of the class pictures' loss")
+    add("--sample_batch_size", type=int, default=4, help="class pictures generated at a time")
+    add(
         "--prior_generation_precision",
         choices=["no", "fp32", "fp16", "bf16"],
         help="(default: bf16 on an accelerator, else fp32)",
@@ -247,110 +235,100 @@ def add_prior_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("adapters")
-    group.add_argument("--rank", type=int, default=4, help="rank of the adapters")
-    group.add_argument("--lora_alpha", type=int, default=4, help="adapters are scaled by lora_alpha / rank")
-    group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout in front of the adapters")
-    group.add_argument("--lora_layers", help="comma-separated ends of layer names (default: attention, feed-forward)")
-    group.add_argument("--use_rslora", action="store_true", help="scale by lora_alpha / sqrt(rank) instead")
-    group.add_argument("--use_dora", action="store_true", help="DoRA: magnitudes apart; only diffusers loads it")
-    group.add_argument("--save_kohya_format", action="store_true", help="a second file, for ComfyUI, Forge and kohya")
+    add = parser.add_argument_group("adapters").add_argument
+    add("--rank", type=int, default=4, help="rank of the adapters")
+    add("--lora_alpha", type=int, default=4, help="adapters are scaled by lora_alpha / rank")
+    add("--lora_dropout", type=float, default=0.0, help="dropout in front of the adapters")
+    add("--lora_layers", help="comma-separated ends of layer names (default: attention, feed-forward)")
+    add("--use_rslora", action="store_true", help="scale by lora_alpha / sqrt(rank) instead")
+    add("--use_dora", action="store_true", help="DoRA: magnitudes apart; only diffusers loads it")
+    add("--save_kohya_format", action="store_true", help="a second file, for ComfyUI, Forge and kohya")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    group.add_argument("--train_text_encoder", action="store_true", help="train CLIP too (T5 always stays frozen)")
-    group.add_argument("--train_batch_size", type=int, default=4, help="pictures per process and micro-batch")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
-    group.add_argument("--num_train_epochs", type=int, default=1, help="passes over the pictures")
-    group.add_argument("--max_train_steps", type=int, help="optimizer steps; wins over --num_train_epochs")
-    group.add_argument("--seed", type=int, help="makes the run repeatable (default: drawn, logged and kept)")
-    group.add_argument("--local_rank", type=int, default=-1, help="set by launchers; the environment's value wins")
+    add = parser.add_argument_group("training").add_argument
+    add("--train_text_encoder", action="store_true", help="train CLIP too (T5 always stays frozen)")
+    add("--train_batch_size", type=int, default=4, help="pictures per process and micro-batch")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
+    add("--num_train_epochs", type=int, default=1, help="passes over the pictures")
+    add("--max_train_steps", type=int, help="optimizer steps; wins over --num_train_epochs")
+    add("--seed", type=int, help="makes the run repeatable (default: drawn, logged and kept)")
+    add("--local_rank", type=int, default=-1, help="set by launchers; the environment's value wins")
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("memory and speed")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
-    group.add_argument(
-        "--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"
-    )
-    group.add_argument("--allow_tf32", action="store_true", help="float32 products in TF32 on Ampere and newer")
-    group.add_argument("--attention_backend", choices=ATTENTION_BACKENDS, help="by diffusers' names (default: native)")
-    group.add_argument("--enable_npu_flash_attention", action="store_true", help="on an Ascend NPU (needs torch_npu)")
-    group.add_argument(
-        "--base_quantization", default="none", choices=["none", "int8", "nf4"], help="of the frozen transformer"
-    )
-    group.add_argument("--blocks_to_swap", type=int, default=0, help="blocks whose frozen weights wait in host memory")
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)")
+    add("--allow_tf32", action="store_true", help="float32 products in TF32 on Ampere and newer")
+    add("--attention_backend", choices=ATTENTION_BACKENDS, help="by diffusers' names (default: native)")
+    add("--enable_npu_flash_attention", action="store_true", help="on an Ascend NPU (needs torch_npu)")
+    add("--base_quantization", default="none", choices=["none", "int8", "nf4"], help="of the frozen transformer")
+    add("--blocks_to_swap", type=int, default=0, help="blocks whose frozen weights wait in host memory")
 
 
 def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("flow matching and prompts")
-    group.add_argument("--guidance_scale", type=float, default=3.5, help="guidance input in training")
-    group.add_argument(
-        "--weighting_scheme", default="none", choices=WEIGHTING_SCHEMES, help="how sigmas are drawn or losses weighted"
-    )
-    group.add_argument("--flow_shift", type=parse_flow_shift, help="towards noise: a number above 1, or dynamic")
-    group.add_argument("--logit_mean", type=float, default=0.0, help="mean for --weighting_scheme=logit_normal")
-    group.add_argument("--logit_std", type=float, default=1.0, help="deviation for --weighting_scheme=logit_normal")
-    group.add_argument("--mode_scale", type=float, default=1.29, help="scale for --weighting_scheme=mode")
-    group.add_argument("--max_sequence_length", type=int, default=512, help="tokens of a prompt that T5 reads")
+    add = parser.add_argument_group("flow matching and prompts").add_argument
+    add("--guidance_scale", type=float, default=3.5, help="guidance input in training")
+    add("--weighting_scheme", default="none", choices=WEIGHTING_SCHEMES, help="how sigmas are drawn or losses weighted")
+    add("--flow_shift", type=parse_flow_shift, help="towards noise: a number above 1, or dynamic")
+    add("--logit_mean", type=float, default=0.0, help="mean for --weighting_scheme=logit_normal")
+    add("--logit_std", type=float, default=1.0, help="deviation for --weighting_scheme=logit_normal")
+    add("--mode_scale", type=float, default=1.29, help="scale for --weighting_scheme=mode")
+    add("--max_sequence_length", type=int, default=512, help="tokens of a prompt that T5 reads")
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimizer and schedule")
-    group.add_argument("--optimizer", default="AdamW", help="AdamW, adafactor or prodigy")
-    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes)")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="of the transformer; with prodigy use 1")
-    group.add_argument("--text_encoder_lr", type=float, default=5e-6, help="of CLIP; prodigy takes --learning_rate")
-    group.add_argument("--scale_lr", action="store_true", help="multiply by processes x accumulation x batch size")
-    group.add_argument("--lr_scheduler", default="constant", choices=SCHEDULES, help="schedule of the learning rate")
-    group.add_argument("--lr_warmup_steps", type=int, default=500, help="warm-up, where the schedule has one")
-    group.add_argument("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
-    group.add_argument("--lr_power", type=float, default=1.0, help="power of polynomial")
-    group.add_argument(
-        "--lr_step_rules", help="piecewise_constant's: '1:100,0.1:300,0.01', factor:until step,...,factor"
-    )
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="decay of the gradient's mean")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="decay of the gradient's square")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-4, help="of the transformer")
-    group.add_argument("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="of CLIP")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip gradients to it; 0: do not")
-    group.add_argument("--prodigy_beta3", type=float, help="decay of the estimate (default: sqrt(beta2))")
-    group.add_argument("--prodigy_decouple", type=parse_bool, default=True, help="decoupled weight decay, as in AdamW")
-    group.add_argument("--prodigy_use_bias_correction", type=parse_bool, default=True, help="Adam's bias correction")
-    group.add_argument("--prodigy_safeguard_warmup", type=parse_bool, default=True, help="for a warm-up")
-    group.add_argument("--use_ema", action="store_true", help="average the weights; validation and the result use it")
-    group.add_argument("--ema_decay", type=float, default=0.99, help="about the last 1 / (1 - decay) steps count")
+    add = parser.add_argument_group("optimizer and schedule").add_argument
+    add("--optimizer", default="AdamW", help="AdamW, adafactor or prodigy")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes)")
+    add("--learning_rate", type=float, default=1e-4, help="of the transformer; with prodigy use 1")
+    add("--text_encoder_lr", type=float, default=5e-6, help="of CLIP; prodigy takes --learning_rate")
+    add("--scale_lr", action="store_true", help="multiply by processes x accumulation x batch size")
+    add("--lr_scheduler", default="constant", choices=SCHEDULES, help="schedule of the learning rate")
+    add("--lr_warmup_steps", type=int, default=500, help="warm-up, where the schedule has one")
+    add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
+    add("--lr_power", type=float, default=1.0, help="power of polynomial")
+    add("--lr_step_rules", help="piecewise_constant's: '1:100,0.1:300,0.01', factor:until step,...,factor")
+    add("--adam_beta1", type=float, default=0.9, help="decay of the gradient's mean")
+    add("--adam_beta2", type=float, default=0.999, help="decay of the gradient's square")
+    add("--adam_weight_decay", type=float, default=1e-4, help="of the transformer")
+    add("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="of CLIP")
+    add("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
+    add("--max_grad_norm", type=float, default=1.0, help="clip gradients to it; 0: do not")
+    add("--prodigy_beta3", type=float, help="decay of the estimate (default: sqrt(beta2))")
+    add("--prodigy_decouple", type=parse_bool, default=True, help="decoupled weight decay, as in AdamW")
+    add("--prodigy_use_bias_correction", type=parse_bool, default=True, help="Adam's bias correction")
+    add("--prodigy_safeguard_warmup", type=parse_bool, default=True, help="for a warm-up")
+    add("--use_ema", action="store_true", help="average the weights; validation and the result use it")
+    add("--ema_decay", type=float, default=0.99, help="about the last 1 / (1 - decay) steps count")
 
 
 def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("validation")
-    group.add_argument(
-        "--validation_prompt", action=AddPrompt, help="of pictures drawn on the way; give it once or more"
-    )
-    group.add_argument("--num_validation_images", type=int, default=4, help="pictures of each prompt each time")
-    group.add_argument("--validation_epochs", type=int, default=50, help="after the first epoch, then every so many")
-    group.add_argument("--validation_steps", type=int, help="also before the first step, then every so many steps")
-    group.add_argument("--validation_guidance_scale", type=float, default=3.5, help="guidance of the pictures")
-    group.add_argument("--validation_num_inference_steps", type=int, default=28, help="sampling steps of the pictures")
-    group.add_argument("--skip_final_inference", action="store_true", help="draw no pictures from the saved result")
-    group.add_argument("--validation_loss", action="store_true", help="log the loss at fixed noise and sigmas as well")
-    group.add_argument("--validation_data_dir", help="held-out pictures for it (default: those of the training)")
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompt", action=AddPrompt, help="of pictures drawn on the way; give it once or more")
+    add("--num_validation_images", type=int, default=4, help="pictures of each prompt each time")
+    add("--validation_epochs", type=int, default=50, help="after the first epoch, then every so many")
+    add("--validation_steps", type=int, help="also before the first step, then every so many steps")
+    add("--validation_guidance_scale", type=float, default=3.5, help="guidance of the pictures")
+    add("--validation_num_inference_steps", type=int, default=28, help="sampling steps of the pictures")
+    add("--skip_final_inference", action="store_true", help="draw no pictures from the saved result")
+    add("--validation_loss", action="store_true", help="log the loss at fixed noise and sigmas as well")
+    add("--validation_data_dir", help="held-out pictures for it (default: those of the training)")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output, checkpoints and the Hub")
-    group.add_argument("--output_dir", default="flux-dreambooth-lora", help="where everything is written")
-    group.add_argument("--logging_dir", default="logs", help="of the trackers, inside --output_dir")
-    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all, none, ...")
-    group.add_argument("--checkpointing_steps", type=int, default=500, help="steps between two checkpoints")
-    group.add_argument("--checkpoints_total_limit", type=int, help="how many checkpoints to keep (default: all)")
-    group.add_argument("--resume_from_checkpoint", help="latest, or a checkpoint's name or path")
-    group.add_argument("--upcast_before_saving", action="store_true", help="save the result in float32")
-    group.add_argument("--push_to_hub", action="store_true", help="upload the result to the Hub")
-    group.add_argument("--hub_model_id", help="repository (default: the name of --output_dir)")
-    group.add_argument("--hub_token", help="token for the Hub (default: that of `hf auth login`)")
+    add = parser.add_argument_group("output, checkpoints and the Hub").add_argument
+    add("--output_dir", default="flux-dreambooth-lora", help="where everything is written")
+    add("--logging_dir", default="logs", help="of the trackers, inside --output_dir")
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, all, none, ...")
+    add("--checkpointing_steps", type=int, default=500, help="steps between two checkpoints")
+    add("--checkpoints_total_limit", type=int, help="how many checkpoints to keep (default: all)")
+    add("--resume_from_checkpoint", help="latest, or a checkpoint's name or path")
+    add("--upcast_before_saving", action="store_true", help="save the result in float32")
+    add("--push_to_hub", action="store_true", help="upload the result to the Hub")
+    add("--hub_model_id", help="repository (default: the name of --output_dir)")
+    add("--hub_token", help="token for the Hub (default: that of `hf auth login`)")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -2338,12 +2316,15 @@ def describe_training(
     device = read(accelerator.device) if read else accelerator.device.type.upper()
     captions = len({picture.prompt for picture in pictures["instance"]})
     per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    base, frozen = getattr(args, "base_quantization", ""), str(weight_dtype(accelerator)).removeprefix("torch.")
     rows = {
         "pictures of the subject": f"{len(pictures['instance'])} ({captions} prompts)",
         "pictures of the class": args.num_class_images if args.with_prior_preservation else None,
         "held-out pictures": len(pictures.get("validation", [])),
         "steps": f"{state.step}, of {per_step} pictures each",
         "time of the steps": tqdm.format_interval(state.seconds),
+        "mixed precision": accelerator.mixed_precision,
+        "frozen base": frozen if base == "none" else base,
         "hardware": f"{accelerator.num_processes} x {device}",
         "seed": state.seed,
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),

@@ -105,6 +105,7 @@ def test_a_lora_trains_on_a_quantized_base_draws_on_it_and_resumes(
     pipeline = FluxPipeline.from_pretrained(tiny_flux)
     pipeline.load_lora_weights(first, weight_name=lora.LORA_FILE)  # on a base in full precision
     assert (first / "image_0.png").is_file()
+    assert f"| frozen base | {kind} |" in (first / "README.md").read_text()
 
 
 def test_a_quantized_base_is_another_base_and_the_checkpoint_knows(
@@ -315,6 +316,7 @@ COMPILED = {
     "LoRA": (lora, []),
     "LoRA with checkpointing on int8": (lora, ["--gradient_checkpointing", "--base_quantization=int8"]),
     "LoRA with swapped blocks": (lora, ["--gradient_checkpointing", "--blocks_to_swap=2"]),
+    "LoRA with buckets": (lora, ["--aspect_ratio_buckets=32,48;48,32", "--train_batch_size=1"]),
 }
 
 
