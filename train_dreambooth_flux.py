@@ -1824,11 +1824,8 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
 
 def own_share(accelerator: Accelerator, count: int) -> range:
     """This process's part of `count` forwards; as many on all processes, numbers from `count` on are fillers."""
-    return range(
-        accelerator.process_index,
-        -(-count // accelerator.num_processes) * accelerator.num_processes,
-        accelerator.num_processes,
-    )
+    processes = accelerator.num_processes
+    return range(accelerator.process_index, math.ceil(count / processes) * processes, processes)
 
 
 @torch.no_grad()
@@ -2649,9 +2646,8 @@ def set_up_engine(args: Namespace, accelerator: Accelerator) -> None:
             raise UsageError("accelerate's configuration asks for FSDP1; set fsdp_version: 2 in fsdp_config")
         disable_fsdp_ram_efficient_loading()  # in transformers: each process encodes with text encoders of its own
         plugin.cpu_ram_efficient_loading = True
-        if (
-            plugin.mixed_precision_policy is not None
-        ):  # gradients are summed in float32; autocast, not FSDP, casts inputs
+        if plugin.mixed_precision_policy is not None:
+            # Gradients are summed in float32; autocast, not FSDP, casts inputs.
             changes = {"reduce_dtype": torch.float32, "output_dtype": None, "cast_forward_inputs": False}
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **changes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
