@@ -358,8 +358,8 @@ def adapter_problems(args: Namespace) -> Iterator[str]:
         yield "--save_kohya_format has no place for the magnitudes of --use_dora; leave one of them out"
     if args.use_dora and args.train_text_encoder:
         yield "--use_dora with --train_text_encoder: diffusers loads no magnitudes into CLIP; leave one of them out"
-    if args.use_dora and args.base_quantization != "none":
-        yield "--use_dora needs the norms of the base's weights; leave it or --base_quantization out"
+    if args.use_dora and (args.base_quantization != "none" or args.blocks_to_swap):
+        yield "--use_dora needs the norms of the base's weights; leave --base_quantization and --blocks_to_swap out"
 
 
 def range_problems(args: Namespace) -> Iterator[str]:
@@ -1228,7 +1228,7 @@ def read_transformer(args: Namespace, accelerator: Accelerator, dtype: torch.dty
     """
     device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
     given = is_sharded(accelerator) or accelerator.distributed_type == DistributedType.MULTI_GPU
-    given = given and args.base_quantization == "none"
+    given = given and args.base_quantization == "none" and not args.blocks_to_swap
     if accelerator.is_main_process or not given:
         return load_frozen_transformer(args, dtype, device)
     options = hub_options(args, subfolder="transformer")
@@ -1336,53 +1336,70 @@ class QuantizedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def quantize_base(transformer: nn.Module, kind: str, device: torch.device) -> None:
-    """Quantize the linear layers of the blocks, one at a time.
+def blocks_to_swap(args: Namespace, transformer: nn.Module) -> list[nn.Module]:
+    """The blocks of `--blocks_to_swap`, evenly spread, so that each copy has the time of the blocks between.
+
+    Raises:
+        UsageError: if there are not so many.
+    """
+    blocks, count = list_blocks(transformer), args.blocks_to_swap
+    if count > len(blocks):
+        raise UsageError(f"--blocks_to_swap is {count}; this transformer has {len(blocks)} blocks")
+    return [blocks[number * len(blocks) // count] for number in range(count)]
+
+
+def quantize_base(transformer: nn.Module, kind: str, device: torch.device, swapped: list[nn.Module]) -> None:
+    """Quantize the linear layers of the blocks on `device`, one at a time; those `swapped` go back to host memory.
 
     The modulation (AdaLN, 27 % of FLUX.1 [dev]) acts on one vector a picture and its errors reach every token: it stays
     at int8 even with `kind` "nf4", for 1.5 GiB. The embedders and the last layer, 1 % of the weights, are left alone.
     """
-    for name, module in list(transformer.named_modules()):
-        if "transformer_blocks." not in name:
-            continue
-        for child_name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, child_name, QuantizedLinear(child, "int8" if ".norm" in name else kind, device))
+    for block in list_blocks(transformer):
+        for name, module in list(block.named_modules()):
+            for child_name, child in list(module.named_children()):
+                if type(child) is nn.Linear:
+                    layer = QuantizedLinear(child, "int8" if name.startswith("norm") else kind, device)
+                    layer.weight.data = layer.weight.data.to("cpu") if block in swapped else layer.weight.data
+                    setattr(module, child_name, layer)
 
 
 class BlockSwap:
-    """Keeps the frozen weights of `count` of the blocks, evenly spread, in host memory while they are not used.
+    """Keeps the frozen weights of `blocks` in host memory while they are not used; nothing of them stays on `device`.
 
     Before a block runs, its weights are copied to the device, and those of the next one to come are started. Gradient
     checkpointing runs a block again in the backward pass, and what that saves keeps the copy alive until it is used.
     """
 
-    def __init__(self, blocks: list[nn.Module], count: int, device: torch.device) -> None:
+    def __init__(self, blocks: list[nn.Module], device: torch.device) -> None:
         self.device, self.cuda = device, device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.cuda else None
-        self.blocks = [blocks[number * len(blocks) // count] for number in range(count)]
         self.copies: dict[int, tuple[list[Tensor], Any]] = {}
-        self.position = -1
-        self.host = [[self.to_host(module, name) for module, name in frozen_weights(block)] for block in self.blocks]
-        for number, block in enumerate(self.blocks):
+        self.position, self.reached = -1, None  # the block that runs, and the event of its beginning
+        self.host = [[self.to_host(module, name) for module, name in frozen_weights(block)] for block in blocks]
+        for number, block in enumerate(blocks):
             block.register_forward_pre_hook(functools.partial(self.load, number))
             # Always: the second run ends early, by an exception.
             block.register_forward_hook(functools.partial(self.drop, number), always_call=True)
             self.drop(number)
 
-    def to_host(self, module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
+    def to_host(self, module: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
         weight = module._parameters[name].data.to("cpu")  # type: ignore[union-attr]
-        return module, name, nn.Parameter(weight.pin_memory() if self.cuda else weight, requires_grad=False)
+        return module, name, weight.pin_memory() if self.cuda else weight
 
     def start_copy(self, number: int) -> None:
-        if number not in range(len(self.blocks)) or number in self.copies:
+        if number not in range(len(self.host)) or number in self.copies:
             return
         with torch.cuda.stream(self.stream) if self.cuda else contextlib.nullcontext():
-            weights = [host.data.to(self.device, non_blocking=True, copy=True) for _, _, host in self.host[number]]
+            weights = [weight.to(self.device, non_blocking=True, copy=True) for _, _, weight in self.host[number]]
             self.copies[number] = (weights, self.stream.record_event() if self.stream else None)
 
     def load(self, number: int, *_: Any) -> None:
         """Give block `number` its weights; the next to come are the ones behind in a backward pass."""
+        if self.cuda:  # the host must not run ahead of the device: each block that it queues would bring its copy
+            here = torch.cuda.current_stream(self.device).record_event()
+            self.reached, before = here, self.reached
+            if before is not None:
+                before.synchronize()
         self.start_copy(number)
         weights, copied = self.copies.pop(number)
         if copied is not None:
@@ -1396,8 +1413,9 @@ class BlockSwap:
         self.position = number
 
     def drop(self, number: int, *_: Any) -> None:
-        for module, name, host in self.host[number]:
-            module._parameters[name] = host
+        """Leave empty weights, which no `.to` and no engine can bring back to the device."""
+        for module, name, weight in self.host[number]:
+            module._parameters[name] = nn.Parameter(weight.new_empty(0, device=self.device), requires_grad=False)
 
 
 def frozen_weights(block: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -1410,8 +1428,8 @@ def frozen_weights(block: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def load_frozen_transformer(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
-    """The transformer on `device`, frozen in `dtype` or as `--base_quantization` says.
+def load_base(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
+    """The frozen transformer in `dtype` or as `--base_quantization` says, on `device` but for what will be swapped.
 
     It is read tensor by tensor: straight to the device, or layer by layer from the file's pages.
     """
@@ -1420,12 +1438,24 @@ def load_frozen_transformer(args: Namespace, dtype: torch.dtype, device: torch.d
         args.pretrained_model_name_or_path,
         subfolder="transformer",
         dtype=dtype,
-        device_map=None if quantized else {"": device},
+        device_map=None if quantized or args.blocks_to_swap else {"": device},
         **hub_options(args),
     ).requires_grad_(False)
     if quantized:
-        quantize_base(transformer, args.base_quantization, device)
+        quantize_base(transformer, args.base_quantization, device, blocks_to_swap(args, transformer))
+    return transformer
+
+
+def place_base(args: Namespace, transformer: FluxTransformer2DModel, device: torch.device) -> FluxTransformer2DModel:
+    """The transformer on `device`, its blocks swapped as `--blocks_to_swap` says."""
+    if args.blocks_to_swap:
+        BlockSwap(blocks_to_swap(args, transformer), device)
     return transformer.to(device)
+
+
+def load_frozen_transformer(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
+    """The frozen transformer, ready to run on `device`."""
+    return place_base(args, load_base(args, dtype, device), device)
 
 
 def load_transformer(
@@ -1436,11 +1466,6 @@ def load_transformer(
     targets = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else TRANSFORMER_TARGETS
     add_adapter(args, transformer, targets, seed)
     set_up_blocks(args, transformer)
-    blocks = list_blocks(transformer)
-    if args.blocks_to_swap > len(blocks):
-        raise UsageError(f"--blocks_to_swap is {args.blocks_to_swap}; this transformer has {len(blocks)} blocks")
-    if args.blocks_to_swap:
-        BlockSwap(blocks, args.blocks_to_swap, accelerator.device)
     return transformer.train()
 
 
@@ -2220,12 +2245,13 @@ def load_results(args: Namespace, dtype: torch.dtype, device: torch.device) -> F
     left_out = dict.fromkeys(("text_encoder_2", "tokenizer_2"))
     pipeline = FluxPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
-        transformer=load_frozen_transformer(args, dtype, device),
+        transformer=load_base(args, dtype, device),
         dtype=dtype,
         **left_out,
         **hub_options(args),
     )
     pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
+    place_base(args, pipeline.transformer, device)  # after the adapters, which are loaded by the shapes of the weights
     return pipeline
 
 

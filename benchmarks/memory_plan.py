@@ -168,7 +168,7 @@ def make_trained(plan: Plan, double: int, single: int) -> FluxTransformer2DModel
             parameter.data = parameter.data.to(plan.dtype)
         transformer.requires_grad_(False)
         if args.base_quantization != "none":  # of NF4 too: what is kept and made in a step has int8's shapes
-            plan.script.quantize_base(transformer, "int8", torch.device("meta"))
+            plan.script.quantize_base(transformer, "int8", torch.device("meta"), [])
         targets = args.lora_layers.split(",") if args.lora_layers else plan.script.TRANSFORMER_TARGETS
         plan.script.add_adapter(args, transformer, targets, 0)
     elif args.full_bf16:
@@ -235,7 +235,7 @@ def frozen_bytes(plan: Plan, transformer: nn.Module) -> float:
             swappable.append(sum(p.numel() * (NF4_BYTES if id(p) in quantized else p.itemsize) for p in frozen))
         count = min(args.blocks_to_swap, len(blocks))
         out = [swappable[number * len(blocks) // count] for number in range(count)]
-        total -= max(0.0, sum(out) - 2 * max(out))  # the one that runs and the one on its way stay
+        total -= max(0.0, sum(out) - 3 * max(out))  # the one that ran, the one that runs and the one on its way stay
     return total
 
 

@@ -77,7 +77,7 @@ def test_the_modulation_stays_at_8_bits_and_the_embedders_are_left_alone(
     kind: str, modulation: str, others: str, tiny_flux: Path
 ) -> None:
     transformer = FluxTransformer2DModel.from_pretrained(tiny_flux, subfolder="transformer")
-    lora.quantize_base(transformer, kind, CPU)
+    lora.quantize_base(transformer, kind, CPU, [])
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
             block = name.startswith(("transformer_blocks", "single_transformer_blocks"))
@@ -141,11 +141,20 @@ def test_swapped_blocks_train_the_same_weights_and_nothing_reads_them_when_they_
     assert set(touched) == set(range(count))
 
 
-def test_swapped_blocks_are_spread_evenly_and_fetched_ahead(tiny_flux: Path) -> None:
-    blocks: list[nn.Module] = [nn.Linear(2, 2).requires_grad_(False) for _ in range(10)]
-    swap = lora.BlockSwap(blocks, 3, CPU)
-    assert [blocks.index(block) for block in swap.blocks] == [0, 3, 6]
+def test_swapped_blocks_are_spread_evenly(tiny_flux: Path, base_flags: list[str]) -> None:
+    transformer = FluxTransformer2DModel.from_pretrained(tiny_flux, subfolder="transformer")
+    args = lora.parse_args([*base_flags, "--blocks_to_swap=2", "--gradient_checkpointing"])
+    chosen = lora.blocks_to_swap(args, transformer)
+    assert chosen == [transformer.transformer_blocks[0], transformer.single_transformer_blocks[0]]
+
+
+def test_swapped_blocks_are_fetched_ahead_in_the_direction_of_travel() -> None:
+    blocks: list[nn.Module] = [nn.Linear(2, 2).requires_grad_(False) for _ in range(3)]
+    weights = [block.weight.data.clone() for block in blocks]  # type: ignore[operator, union-attr]
+    swap = lora.BlockSwap(blocks, CPU)
+    assert sum(parameter.numel() for block in blocks for parameter in block.parameters()) == 0  # nothing is left there
     swap.load(0)
+    assert torch.equal(blocks[0].weight, weights[0])  # type: ignore[arg-type]
     assert list(swap.copies) == [1]  # on the way
     for number in (1, 2):
         swap.load(number)
