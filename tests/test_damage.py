@@ -224,8 +224,8 @@ def disk_that_fills_up(script: ModuleType, output: Path, monkeypatch: pytest.Mon
     """The disk becomes full in the middle of the second checkpoint."""
     save_state = Accelerator.save_state
 
-    def save(self: Accelerator, folder: str) -> Any:
-        saved = save_state(self, folder)
+    def save(self: Accelerator, folder: str, **options: Any) -> Any:
+        saved = save_state(self, folder, **options)
         if (output / "checkpoint-1").exists():
             with (Path(folder) / "optimizer.bin").open("r+b") as file:
                 file.truncate(100)

@@ -212,7 +212,8 @@ def test_pictures_drawn_on_the_way_are_those_of_the_pipeline(
     script: ModuleType, args: argparse.Namespace, accelerator: Accelerator, pipeline: FluxPipeline
 ) -> None:
     embeds = script.encode_prompts(args, accelerator, ["a cat"], torch.float32)["a cat"]
-    drawn = script.sample_pictures(args, accelerator, pipeline.transformer, pipeline.vae, [embeds], 5, "Validation")
+    models, numbers = (pipeline.transformer, pipeline.vae), range(args.num_validation_images)
+    drawn = script.sample_pictures(args, accelerator, *models, [embeds], 5, numbers, "Validation")
     generator = script.generator_for(5, "validation", 0)
     expected = pipeline("a cat", height=32, width=32, max_sequence_length=16, generator=generator).images
     assert len(drawn) == 1
