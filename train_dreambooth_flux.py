@@ -2513,6 +2513,9 @@ def stop_run(run: Run, number: int) -> None:
         "To go on: the same command with --resume_from_checkpoint=latest"
     )
     run.accelerator.end_training()
+    if LAUNCHER not in (None, os.getppid()):  # with it went torch's store, which the process may wait for at its end
+        sys.stdout.flush()
+        os._exit(128 + number)
     raise SystemExit(128 + number)
 
 

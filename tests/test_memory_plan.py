@@ -59,9 +59,7 @@ def test_weights_and_states_are_those_of_a_run(
     assert training.weights == held["weights"]
     assert training.gradients == held["gradients"]
     if "adafactor" not in str(flags):
-        assert training.states == pytest.approx(
-            held["states"], rel=0.1
-        )  # tables of 8-bit codes, small on a real model
+        assert training.states == pytest.approx(held["states"], rel=0.1)  # tables of 8-bit codes, small on a real model
 
 
 @pytest.mark.parametrize("flags", [["--gradient_checkpointing"], []], ids=["checkpointing", "plain"])
