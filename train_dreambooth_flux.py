@@ -37,7 +37,7 @@ Where to edit what:
     another crop, caption or file format   section 2, images and captions
     another loss or noise schedule         section 5, flow matching: `sample_sigmas`, `flow_matching_loss`
     which weights are trained              section 6, transformer: `load_transformer`
-    another optimizer                      section 7, `make_optimizer`
+    another optimizer                      section 7, `library_optimizer`
     what is logged                         section 11, `train`
 """
 
