@@ -208,10 +208,16 @@ def activations(plan: Plan, known: dict[tuple, tuple[float, float]]) -> tuple[fl
     names += ["with_prior_preservation", "base_quantization", "full_bf16", "rank"]
     key = tuple(getattr(args, name, None) for name in names)
     if key not in known:
-        # Six single blocks: with fewer, the peak is not where the backward pass begins, and not affine.
-        models = [make_trained(plan, *size) for size in ((1, 6), (2, 6), (1, 7))]
-        small, double, single = (peak_of([model], functools.partial(run_step, plan, model)) for model in models)
-        internal = small - (double - small) - 6 * (single - small)
+        # With few single blocks the peak is not where the backward pass begins, and does not grow with their number.
+        batch = args.train_batch_size * (2 if args.with_prior_preservation else 1)
+        tokens = (args.resolution // 16) ** 2 + args.max_sequence_length
+        hidden = batch * tokens * config.num_attention_heads * config.attention_head_dim * plan.dtype.itemsize
+        for singles in (6, 12, 24, config.num_single_layers):
+            models = [make_trained(plan, *size) for size in ((1, singles), (2, singles), (1, singles + 1))]
+            small, double, single = (peak_of([model], functools.partial(run_step, plan, model)) for model in models)
+            if single - small >= hidden:
+                break
+        internal = small - (double - small) - singles * (single - small)
         kept = config.num_layers * (double - small) + config.num_single_layers * (single - small)
         known[key] = internal + kept, internal
     return known[key]
