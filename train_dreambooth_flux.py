@@ -1505,6 +1505,12 @@ def settings(args: Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name != "hub_token"}
 
 
+def plain_settings(args: Namespace) -> dict[str, bool | int | float | str]:
+    """The flags as trackers take them: no None, no lists."""
+    plain = {name: value for name, value in settings(args).items() if isinstance(value, bool | int | float | str)}
+    return {name: "" if value is None else json.dumps(value) for name, value in settings(args).items()} | plain
+
+
 def checksum(path: Path) -> int:
     """CRC-32 of a file."""
     value = 0
@@ -2951,7 +2957,7 @@ def main(args: Namespace) -> None:
         return
     accelerator.init_trackers(
         "dreambooth-flux",
-        config={name: "" if value is None else value for name, value in settings(args).items()},
+        config=plain_settings(args),
     )
 
     validation_pictures = pictures.get("validation", pictures["instance"]) if args.validation_loss else []

@@ -166,3 +166,11 @@ def test_a_picture_that_is_cut_off_while_it_is_written_is_not_there(
     assert (tmp_path / "image_0.png").read_bytes() == before
     script.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["image_0.png"]
+
+
+def test_several_prompts_and_unset_flags_are_told_to_the_tracker(script: ModuleType, run: Run) -> None:
+    """tensorboard takes no lists and no None in its table of settings."""
+    prompts = ["--validation_prompt=a dog", "--validation_prompt=a cat"]
+    output = run(script, *prompts, "--validation_num_inference_steps=1", "--report_to=tensorboard")
+    written = b"".join(path.read_bytes() for path in output.glob("logs/**/*tfevents*"))
+    assert b'["a dog", "a cat"]' in written
