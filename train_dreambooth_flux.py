@@ -1324,7 +1324,7 @@ class PerParameterOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], make: Callable[[list[dict]], torch.optim.Optimizer], seed: int) -> None:
         super().__init__(groups, {})
         self.seed, self.steps, self.max_grad_norm, self.squared_norm = seed, 0, math.inf, torch.zeros(())
-        self.fused, self.processes = False, accelerate.PartialState().num_processes
+        self.processes = accelerate.PartialState().num_processes
         self.optimizers = []  # of one parameter each: the parameter, its group, and its optimizer
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -1337,15 +1337,15 @@ class PerParameterOptimizer(torch.optim.Optimizer):
         parameter, group, optimizer = self.optimizers[number]
         if parameter.grad is None:
             return
-        held, generator = optimizer.param_groups[0]["params"][0], torch.Generator(parameter.device)
+        held = optimizer.param_groups[0]["params"][0]
         optimizer.param_groups[0]["lr"] = group["lr"]
         if held is parameter:
             optimizer.step()
         else:
             held.data, held.grad = parameter.float(), parameter.grad.float()
             optimizer.step()
-            generator.manual_seed(generator_for(self.seed, "rounding", self.steps, number).initial_seed())
-            round_stochastically_(parameter, held, generator)
+            seed = generator_for(self.seed, "rounding", self.steps, number).initial_seed()
+            round_stochastically_(parameter, held, torch.Generator(parameter.device).manual_seed(seed))
             held.data, held.grad = parameter.new_empty(0).float(), None
         parameter.grad = None
 
@@ -1357,7 +1357,7 @@ class PerParameterOptimizer(torch.optim.Optimizer):
 
     def fuse(self, max_grad_norm: float) -> None:
         """Update in the backward pass from now on, each gradient averaged over processes and clipped by itself."""
-        self.fused, self.max_grad_norm = True, max_grad_norm
+        self.max_grad_norm = max_grad_norm
         for number, (parameter, _, _) in enumerate(self.optimizers):
             parameter.register_post_accumulate_grad_hook(functools.partial(self.update_in_backward, number))
 
@@ -1449,7 +1449,7 @@ class Trained:
     def models(self) -> list[nn.Module]:
         return [model for model in (self.transformer, self.text_encoder) if model is not None]
 
-    @property
+    @functools.cached_property
     def parameters(self) -> list[nn.Parameter]:
         parameters = (parameter for model in self.models for parameter in model.parameters())
         return [parameter for parameter in parameters if parameter.requires_grad]
@@ -2849,11 +2849,9 @@ def prepare_training(args: Namespace, accelerator: Accelerator, seed: int, weigh
         models = [model for model in (transformer, text_encoder) if model is not None]
         accelerator._models += [accelerator.prepare_model(model, evaluation_mode=True) for model in models]
         optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
-        register_state_hooks(accelerator)
-        return Trained(transformer, text_encoder, optimizer, lr_scheduler)
-    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    if text_encoder is not None:
-        text_encoder = accelerator.prepare(text_encoder)
+    else:
+        transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+        text_encoder = None if text_encoder is None else accelerator.prepare(text_encoder)
     register_state_hooks(accelerator)
     trained = Trained(transformer, text_encoder, optimizer, lr_scheduler)
     kinds = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained.parameters}))

@@ -1601,7 +1601,7 @@ class Trained:
     def models(self) -> list[nn.Module]:
         return [model for model in (self.transformer, self.text_encoder) if model is not None]
 
-    @property
+    @functools.cached_property
     def parameters(self) -> list[nn.Parameter]:
         parameters = (parameter for model in self.models for parameter in model.parameters())
         return [parameter for parameter in parameters if parameter.requires_grad]
@@ -1911,7 +1911,6 @@ def register_state_hooks(accelerator: Accelerator) -> None:
     """
 
     def save_hook(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        save_adapters(accelerator, models, Path(folder), torch.float32)
         save_adapters(accelerator, models, Path(folder), None)
         weights.clear()
 
@@ -3032,8 +3031,7 @@ def prepare_training(args: Namespace, accelerator: Accelerator, seed: int, weigh
     optimizer = make_optimizer(args, parameter_groups(args, transformer, text_encoder), seed)
     lr_scheduler = make_lr_scheduler(args, optimizer)
     transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-    if text_encoder is not None:
-        text_encoder = accelerator.prepare(text_encoder)
+    text_encoder = None if text_encoder is None else accelerator.prepare(text_encoder)
     if accelerator.distributed_type == DistributedType.FSDP:
         transformer.register_state_dict_post_hook(drop_frozen)
         transformer.register_load_state_dict_post_hook(expect_no_frozen)
