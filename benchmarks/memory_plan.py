@@ -40,16 +40,19 @@ CONTEXT = 0.8  # GiB that the driver, the libraries' workspaces and fragmentatio
 CARDS = {"12 GB": 12, "16 GB": 16, "24 GB": 24, "32 GB": 32, "48 GB": 48, "80 GB": 80, "141 GB": 141}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # packed weights, 8-bit scales of blocks of 64, their scales of 256 of those
 BLOCK_KINDS = ("transformer_blocks", "single_transformer_blocks")
-REMEDIES = {  # what to change, in the order of what it costs
+COMMON_REMEDIES: list[dict[str, Any]] = [
+    {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"cache_latents": True},
+    {"train_batch_size": 1}, {"sample_batch_size": 1},
+]  # fmt: skip
+REMEDIES: dict[str, list[dict[str, Any]]] = {  # what to change, in the order of what it costs
     "lora": [
-        {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"cache_latents": True},
-        {"train_batch_size": 1}, {"sample_batch_size": 1}, {"base_quantization": "int8"}, {"base_quantization": "nf4"},
-        {"blocks_to_swap": 20}, {"blocks_to_swap": 40}, {"resolution": 512},
+        *COMMON_REMEDIES, {"base_quantization": "int8"}, {"base_quantization": "nf4"}, {"blocks_to_swap": 20},
+        {"blocks_to_swap": 40}, {"resolution": 512},
     ],
     "full": [
-        {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"cache_latents": True},
-        {"train_batch_size": 1}, {"sample_batch_size": 1}, {"use_8bit_adam": True}, {"full_bf16": True},
-        {"fused_backward_pass": True}, {"optimizer": "adafactor"}, {"resolution": 512},
+        *COMMON_REMEDIES, {"use_8bit_adam": True}, {"full_bf16": True, "mixed_precision": "bf16"},
+        {"fused_backward_pass": True, "gradient_accumulation_steps": 1},
+        {"optimizer": "adafactor", "use_8bit_adam": False}, {"resolution": 512},
     ],
 }  # fmt: skip
 
@@ -267,7 +270,6 @@ def decode_bytes(plan: Plan, count: int) -> int:
     dtype = torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32
     for parameter in vae.parameters():
         parameter.data = parameter.data.to(dtype)
-
     latents = (count, vae.config.latent_channels, side, side)
     return peak_of([vae], functools.partial(decode, vae, latents, dtype))
 
@@ -315,33 +317,34 @@ def peak_bytes(stages: list[Stage]) -> float:
     return max(stage.total for stage in stages)
 
 
-def fits(stages: list[Stage], card: int) -> bool:
-    """Whether a card of `card` GB (10^9 bytes, as cards are sold, but in GiB by their drivers) holds every stage."""
+def fits(stages: list[Stage], card: float) -> bool:
+    """Whether a card of `card` GiB holds every stage; cards are sold by GB and have about as many GiB."""
     return peak_bytes(stages) / GIB + CONTEXT <= card
 
 
-def find_remedy(plan: Plan, card: int, known: dict[tuple, tuple[float, float]]) -> list[str] | None:
-    """The flags to add, in order, until a card is enough; None if all of them are not."""
-    plan, added = Plan(plan.script, copy.copy(plan.args), plan.models), {}
+def find_remedy(plan: Plan, card: float, known: dict[tuple, tuple[float, float]]) -> list[str] | None:
+    """The flags to change, in order, until a card is enough; None if all of them are not."""
+    best, best_peak = plan, peak_bytes(plan_stages(plan, known))
     for remedy in REMEDIES["lora" if plan.lora else "full"]:
-        (name, value), before = next(iter(remedy.items())), getattr(plan.args, next(iter(remedy)))
-        if (
-            before == value
-            or (name == "resolution" and before <= value)
-            or (name == "train_batch_size" and before == 1)
-        ):
+        changed = {name: value for name, value in remedy.items() if getattr(best.args, name) != value}
+        if "resolution" in changed and best.args.resolution < remedy["resolution"]:
             continue
-        old = peak_bytes(plan_stages(plan, known))
-        setattr(plan.args, name, value)
-        if name == "blocks_to_swap":
-            plan.args.gradient_checkpointing = True
-        if peak_bytes(plan_stages(plan, known)) >= old and name != "fused_backward_pass":
-            setattr(plan.args, name, before)
+        candidate = Plan(plan.script, Namespace(**vars(best.args) | changed), plan.models)
+        try:
+            plan.script.validate_args(candidate.args)
+        except ValueError:  # does not go together with another flag
             continue
-        added[name] = f"--{name}" if value is True else f"--{name}={value}"
-        if fits(plan_stages(plan, known), card):
-            return list(added.values())
-    return None
+        stages = plan_stages(candidate, known)
+        if changed and peak_bytes(stages) < best_peak:
+            best, best_peak = candidate, peak_bytes(stages)
+        if fits(stages, card):
+            break
+    else:
+        return None
+    flags = {name: value for name, value in vars(best.args).items() if value != getattr(plan.args, name)}
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value is not False
+    ]
 
 
 def load_script(path: str) -> ModuleType:
