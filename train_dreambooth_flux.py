@@ -122,7 +122,7 @@ SCHEDULES = [kind.value for kind in SchedulerType]
 WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
 TRANSFORMER_FILES = "diffusion_pytorch_model{suffix}.safetensors"
 SINGLE_FILE = "transformer_bf16.safetensors"
-KIND, TAGS = "full fine-tuning", ["full"]
+KIND, TAGS, PROJECT = "full fine-tuning", ["full"], "dreambooth-flux"
 
 
 class UsageError(ValueError):
@@ -344,8 +344,8 @@ def range_problems(args: Namespace) -> Iterator[str]:
         value = getattr(args, name)
         if value is not None and value < least:
             yield f"--{name} is {value}; give {least} or more"
-    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "ema_decay", "caption_dropout"):
-        value = getattr(args, name)
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "ema_decay", "caption_dropout", "lora_dropout"):
+        value = getattr(args, name, None)
         if value is not None and (value < 0 or value >= 1):
             yield f"--{name} is {value}; give a number from 0 to below 1"
     if args.max_sequence_length > 512:
@@ -385,7 +385,7 @@ def data_contradictions(args: Namespace) -> Iterator[str]:
 
 def contradictions(args: Namespace) -> Iterator[str]:
     """Flags that do not go together, and flags that miss another."""
-    if args.validation_steps and not (args.validation_prompt or args.validation_loss):
+    if args.validation_steps and not (validation_prompts(args) or args.validation_loss):
         yield "--validation_steps needs --validation_prompt or --validation_loss"
     if args.optimizer.lower() not in ("adamw", "adafactor", "prodigy"):
         yield f"--optimizer is {args.optimizer!r}; give AdamW, adafactor or prodigy"
@@ -397,8 +397,8 @@ def contradictions(args: Namespace) -> Iterator[str]:
         yield f"--hub_model_id is {args.hub_model_id!r}; give NAME or OWNER/NAME"
 
 
-def memory_problems(args: Namespace) -> Iterator[str]:
-    """Ways to save memory that cannot work, or not together."""
+def method_problems(args: Namespace) -> Iterator[str]:
+    """Ways to train and to save memory that cannot work, or not together."""
     if args.full_bf16 and args.mixed_precision not in (None, "bf16"):
         yield f"--full_bf16 needs --mixed_precision=bf16, not {args.mixed_precision}"
     if args.fused_backward_pass and args.mixed_precision == "fp16":
@@ -433,7 +433,7 @@ def validate_args(args: Namespace) -> None:
     Raises:
         UsageError: with every problem found, a line each.
     """
-    problems = [*range_problems(args), *data_contradictions(args), *contradictions(args), *memory_problems(args)]
+    problems = [*range_problems(args), *data_contradictions(args), *contradictions(args), *method_problems(args)]
     problems += missing_packages(args)
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision=fp16 needs a GPU; give bf16 or no")
@@ -481,9 +481,14 @@ def validation_prompts(args: Namespace) -> list[str]:
 
 
 def hub_options(args: Namespace, **extra: Any) -> dict[str, Any]:
-    """The keyword arguments of every `from_pretrained` of the base model."""
+    """The keyword arguments of everything that is loaded of the base model."""
     options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "token": args.hub_token}
     return {name: value for name, value in options.items() if value is not None} | extra
+
+
+def from_base(kind: Any, args: Namespace, **options: Any) -> Any:
+    """`kind.from_pretrained` of the base model, with `options` beside the Hub's."""
+    return kind.from_pretrained(args.pretrained_model_name_or_path, **hub_options(args, **options))
 
 
 # ======================================================================================================================
@@ -923,9 +928,7 @@ def encode_prompts(
     mine = prompts[accelerator.process_index :: accelerator.num_processes]
     if not mine:
         return gather_dicts({})
-    pipeline = FluxPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, transformer=None, vae=None, dtype=dtype, **hub_options(args)
-    ).to(accelerator.device)
+    pipeline = from_base(FluxPipeline, args, transformer=None, vae=None, dtype=dtype).to(accelerator.device)
     lengths = {"CLIP": (pipeline.tokenizer, pipeline.tokenizer.model_max_length)}
     lengths["T5 (--max_sequence_length)"] = (pipeline.tokenizer_2, args.max_sequence_length)
     for reader, (tokenizer, most) in lengths.items():
@@ -955,9 +958,7 @@ def pool_with_clip(text_encoder: nn.Module, clip_ids: Tensor) -> Tensor:
 def load_vae(args: Namespace, accelerator: Accelerator) -> AutoencoderKL:
     """The frozen VAE: bfloat16 in a bf16 run, else float32 (in float16 its activations overflow)."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    vae = AutoencoderKL.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="vae", dtype=dtype, **hub_options(args)
-    )
+    vae = from_base(AutoencoderKL, args, subfolder="vae", dtype=dtype)
     return vae.requires_grad_(False).eval().to(accelerator.device)
 
 
@@ -1016,9 +1017,7 @@ def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBo
 
 def load_scheduler(args: Namespace) -> FlowMatchEulerDiscreteScheduler:
     """The sampler that comes with the model; fresh, its `sigmas` are the table that training draws from."""
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(args)
-    )
+    return from_base(FlowMatchEulerDiscreteScheduler, args, subfolder="scheduler")
 
 
 def flow_shift(setting: float | str | None, tokens: int, config: Any) -> float:
@@ -1231,12 +1230,8 @@ def run_compiled(block: nn.Module, compiled: Callable, blocks: list[nn.Module], 
 
 def load_frozen_transformer(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
     """The transformer in `dtype`, read tensor by tensor straight to `device`."""
-    return FluxTransformer2DModel.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder="transformer",
-        dtype=dtype,
-        device_map={"": device},
-        **hub_options(args),
+    return from_base(
+        FluxTransformer2DModel, args, subfolder="transformer", dtype=dtype, device_map={"": device}
     ).requires_grad_(False)
 
 
@@ -1249,9 +1244,7 @@ def load_transformer(args: Namespace, accelerator: Accelerator) -> FluxTransform
 
 def load_text_encoder(args: Namespace) -> CLIPTextModel:
     """CLIP, all of it trainable, in float32."""
-    text_encoder = CLIPTextModel.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="text_encoder", dtype=torch.float32, **hub_options(args)
-    )
+    text_encoder = from_base(CLIPTextModel, args, subfolder="text_encoder", dtype=torch.float32)
     if args.gradient_checkpointing:
         text_encoder.gradient_checkpointing_enable()
     return text_encoder.requires_grad_(True).train()
@@ -1553,13 +1546,9 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The checkpoints in `output_dir`, by step, in order."""
-    found = {}
-    for path in Path(output_dir).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / STATE_FILE).is_file():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    """The checkpoints in `output_dir`, whole or not, by step, in order."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -1573,8 +1562,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         files, facts = content["files"], content["facts"]
         if zlib.crc32(json.dumps([files, facts]).encode()) != content["checksum"]:
             raise ValueError("does not match its checksum")
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is damaged: {STATE_FILE} {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not whole, or damaged: {STATE_FILE}: {error}") from error
     for name, expected in files.items():
         if not (path / name).is_file() or checksum(path / name) != expected:
             raise UsageError(f"{path} is damaged: {name} is missing or does not match its checksum")
@@ -1596,19 +1585,15 @@ def find_checkpoint(args: Namespace) -> tuple[Path, dict[str, Any]] | None:
         for path in (Path(wanted), Path(args.output_dir) / wanted):
             if (path / STATE_FILE).is_file():
                 return path, read_checkpoint(path)
-        names = ", ".join(path.name for path in checkpoints.values()) or "none"
+        names = ", ".join(path.name for path in checkpoints.values() if (path / STATE_FILE).is_file()) or "none"
         flag = f"--resume_from_checkpoint is {wanted!r}"
         raise UsageError(f"{flag}, which is no checkpoint; {args.output_dir} has {names}")
-    halves = [path for path in Path(args.output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    halves = [path for path in halves if path not in checkpoints.values()]
-    for path in halves:
-        logger.warning(f"Passing over {path}, which is not whole: {STATE_FILE} is missing")
     for path in reversed(checkpoints.values()):
         try:
             return path, read_checkpoint(path)
         except UsageError as error:
             logger.warning(f"Passing over a checkpoint: {error}")
-    if checkpoints or halves:
+    if checkpoints:
         raise UsageError("--resume_from_checkpoint=latest: no checkpoint is whole; leave the flag out to start anew")
     logger.info(f"--resume_from_checkpoint=latest: no checkpoint in {args.output_dir}, so this run starts anew")
     return None
@@ -1647,13 +1632,24 @@ def checkpoint_bytes(trained: Trained) -> int:
     return 2**20 + copies * 4 * trained.size + sum(value.nbytes for value in states if isinstance(value, Tensor))
 
 
-def not_written(args: Namespace, what: str, needed: int, error: Exception) -> RunError:
-    """What to say when `what`, of about `needed` bytes, could not be written."""
-    free = shutil.disk_usage(args.output_dir).free
-    return RunError(
-        f"{what} was not written ({error}): it needs about {needed:,} bytes and {args.output_dir} has {free:,} free. "
-        "Earlier checkpoints are whole: make room, then go on with --resume_from_checkpoint=latest"
-    )
+@contextlib.contextmanager
+def writing(args: Namespace, what: str, partial: Path, needed: int) -> Iterator[None]:
+    """Around what writes `what`, of about `needed` bytes, into `partial`: if that fails, nothing of it is left.
+
+    Raises:
+        RunError: with the bytes that it takes and how to go on.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # each writer has its own kind of error for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(args.output_dir).free
+        raise RunError(
+            f"{what} was not written ({error}): it needs about {needed:,} bytes, and {args.output_dir} has {free:,}. "
+            "Earlier checkpoints are whole: make room, then go on with --resume_from_checkpoint=latest"
+        ) from error
 
 
 def finished_steps(args: Namespace) -> int:
@@ -1670,15 +1666,11 @@ def mark_finished(args: Namespace, state: RunState) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write `checkpoint-<step>`: called on all processes, whole or not there, the oldest pruned after.
-
-    Raises:
-        RunError: if the disk is full; nothing half-written is left, and earlier checkpoints stand.
-    """
+    """Write `checkpoint-<step>`: called on all processes, whole or not there, the oldest pruned after."""
     args, accelerator, state = run.args, run.accelerator, run.state
     output, needed = Path(args.output_dir), checkpoint_bytes(run.trained)
     partial = output / f".checkpoint-{state.step}{PARTIAL}"
-    try:
+    with writing(args, f"checkpoint-{state.step}", partial, needed):
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             if shutil.disk_usage(output).free < needed:
@@ -1695,14 +1687,10 @@ def save_checkpoint(run: Run) -> None:
         content = {"files": files, "facts": facts, "checksum": zlib.crc32(json.dumps([files, facts]).encode())}
         (partial / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
         replace_path(partial, output / f"checkpoint-{state.step}")
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # each writer has its own kind of error for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise not_written(args, f"checkpoint-{state.step}", needed, error) from error
     logger.info(f"Saved checkpoint-{state.step}")
     if args.checkpoints_total_limit:
-        earlier = [path for number, path in list_checkpoints(output).items() if number < state.step]
+        found = list_checkpoints(output).items()
+        earlier = [path for number, path in found if number < state.step and (path / STATE_FILE).is_file()]
         for path in earlier[: max(0, len(earlier) + 1 - args.checkpoints_total_limit)]:
             shutil.rmtree(path.rename(path.with_name(f".{path.name}{PARTIAL}")))  # never a half-deleted checkpoint
 
@@ -1769,9 +1757,7 @@ def load_schedule(trained: Trained, checkpoint: Path) -> None:
 def load_sampler(args: Namespace, transformer: FluxTransformer2DModel, dtype: torch.dtype) -> FluxPipeline:
     """The pipeline of the base model around `transformer`, without text encoders: their embeddings are at hand."""
     left_out = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    return FluxPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, transformer=transformer, dtype=dtype, **left_out, **hub_options(args)
-    )
+    return from_base(FluxPipeline, args, transformer=transformer, dtype=dtype, **left_out)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
@@ -2039,14 +2025,9 @@ def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dt
         save_weights(accelerator, model, partial, dtype)
     if accelerator.is_main_process:
         written = [path.name for path in partial.iterdir()]
-        t5 = T5EncoderModel.from_pretrained(  # in the precision of its file
-            args.pretrained_model_name_or_path, subfolder="text_encoder_2", dtype="auto", **hub_options(args)
-        )
-        left_out = dict.fromkeys(written)
-        pipeline = FluxPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, text_encoder_2=t5, dtype=dtype, **left_out, **hub_options(args)
-        )
-        pipeline.save_pretrained(partial)
+        t5 = from_base(T5EncoderModel, args, subfolder="text_encoder_2", dtype="auto")  # as in its file
+        rest = from_base(FluxPipeline, args, text_encoder_2=t5, dtype=dtype, **dict.fromkeys(written))
+        rest.save_pretrained(partial)
         index = json.loads((partial / "model_index.json").read_text())
         index |= {name: FluxPipeline.load_config(args.pretrained_model_name_or_path, **hub_options(args))[name]
                   for name in written}  # fmt: skip
@@ -2109,9 +2090,8 @@ def final_pictures(args: Namespace) -> dict[str, str]:
 def draw_loss_curve(losses: list[float]) -> Image.Image:
     """The loss of each step, pale, and the mean of the last twentieth of the run up to it, dark."""
     values, count, (width, height, left, foot) = np.array(losses), len(losses), (720, 260, 72, 28)
-    sums, ends = np.append(0, np.cumsum(values)), np.arange(1, count + 1)
-    starts = np.maximum(ends - max(1, count // 20), 0)
-    means = (sums[ends] - sums[starts]) / (ends - starts)
+    ends, window = np.arange(1, count + 1), max(1, count // 20)
+    means = np.array([values[max(0, end - window) : end].mean() for end in ends])
     low, high = values.min(), max(values.max(), values.min() + 1e-9)
     picture, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(14)
     draw = ImageDraw.Draw(picture)
@@ -2401,26 +2381,6 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> dict
     }
 
 
-class Lookahead:
-    """Iterates over `items`; `load` fetches the next one early, while the device computes."""
-
-    def __init__(self, items: Iterator[Any]) -> None:
-        self.items, self.ready = items, []  # type: Iterator[Any], list[Any]
-
-    def __iter__(self) -> "Lookahead":
-        return self
-
-    def load(self) -> None:
-        if not self.ready:
-            self.ready = list(itertools.islice(self.items, 1))
-
-    def __next__(self) -> Any:
-        self.load()
-        if not self.ready:
-            raise StopIteration
-        return self.ready.pop()
-
-
 def backward(run: Run, loss: Tensor) -> None:
     """The backward pass of a micro-batch; its `weights` make the mean over the step, and accelerate divides by both.
 
@@ -2539,8 +2499,10 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
     sigma_table = load_scheduler(args).sigmas
     start, total = time.perf_counter(), torch.zeros(2, device=accelerator.device)  # loss, and who wants to stop
     progress = Progress(run, schedule)
-    batches = Lookahead((batch["keys"][0], prepare_inputs(run, batch, sigma_table)) for batch in loader)
-    for key, inputs in batches:
+    batches = ((batch["keys"][0], prepare_inputs(run, batch, sigma_table)) for batch in loader)
+    upcoming = next(batches, None)
+    while upcoming is not None:
+        key, inputs = upcoming
         with accumulate(accelerator, trained.models, key.last):
             # What still draws from the global generator, dropout, is repeatable too.
             torch.manual_seed(generator_for(state.seed, "dropout", key.epoch, key.position).initial_seed())
@@ -2550,6 +2512,7 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
             backward(run, loss)
             total[0] += loss.detach()
         if not key.last:
+            upcoming = next(batches, None)
             continue
         grad_norm = clip_gradients(run)
         trained.optimizer.step()
@@ -2558,7 +2521,7 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
         if trained.ema is not None:
             trained.ema.step(trained.parameters)
         state.step += 1
-        batches.load()  # reading the loss waits for the device: the next inputs are made before
+        upcoming = next(batches, None)  # reading the loss waits for the device: the next inputs are made before
         total[1] = signals.pending()
         step_loss, stop = accelerator.reduce(total, reduction="sum").tolist()
         values = log_step(run, step_loss, grad_norm, time.perf_counter() - start)
@@ -2606,15 +2569,13 @@ def make_accelerator(args: Namespace) -> Accelerator:
         library.utils.logging.disable_progress_bar()  # the stages are announced
     if args.report_to != "none" and not accelerator.log_with:
         raise UsageError(f"--report_to is {args.report_to!r}, which is not installed; install it, or give none")
-    if args.use_ema and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        raise UsageError(f"--use_ema does not work with {accelerator.distributed_type}; leave it out, or use DDP")
     precision = accelerator.mixed_precision
     if precision not in ("no", "bf16", "fp16") or (precision == "fp16" and accelerator.device.type == "cpu"):
         raise UsageError(
             f"--mixed_precision is not given, and accelerate's configuration says {precision}, which cannot work here; "
             "give --mixed_precision=bf16 or no"
         )
-    if args.full_bf16 and precision != "bf16":
+    if getattr(args, "full_bf16", False) and precision != "bf16":
         raise UsageError(f"--full_bf16 needs --mixed_precision=bf16, and accelerate's configuration says {precision}")
     for note in notes_on_args(args):
         logger.warning(note)
@@ -2638,7 +2599,9 @@ def set_up_engine(args: Namespace, accelerator: Accelerator) -> None:
         UsageError: for what the engine cannot do.
     """
     if is_sharded(accelerator):
-        names = ("train_text_encoder", "base_quantization", "blocks_to_swap", "full_bf16", "fused_backward_pass")
+        names = (
+            "train_text_encoder", "base_quantization", "blocks_to_swap", "full_bf16", "fused_backward_pass", "use_ema",
+        )  # fmt: skip
         asked = [f"--{name}" for name in names if getattr(args, name, None) not in (None, False, 0, "none")]
         if args.optimizer.lower() != "adamw":  # it would measure a shard where it means a tensor
             asked.append(f"--optimizer={args.optimizer}")
@@ -2813,7 +2776,7 @@ def prepare_data(
         validation = encode_validation_pictures(args, accelerator, vae, validation_pictures)
         if args.cache_latents:
             cache_latents(accelerator, vae, dataset)
-            vae = vae.to("cpu") if args.validation_prompt else None
+            vae = vae.to("cpu") if validation_prompts(args) else None
     names = [(half, picture.name, picture.prompt) for half, part in dataset.halves.items() for picture in part]
     facts = {
         "processes": accelerator.num_processes,
@@ -2896,14 +2859,9 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
         train(run, schedule, signals)
     with stage(args, accelerator, "Saving the result"):
         dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
-        try:
-            with trained.averaged():
-                save_results(args, accelerator, trained, dtype)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # each writer has its own kind of error for a full disk
-            shutil.rmtree(Path(args.output_dir) / f".results{PARTIAL}", ignore_errors=True)
-            raise not_written(args, "the result", 4 * trained.size, error) from error
+        partial = Path(args.output_dir) / f".results{PARTIAL}"
+        with writing(args, "the result", partial, 4 * trained.size), trained.averaged():
+            save_results(args, accelerator, trained, dtype)
     accelerator.free_memory()
 
 
@@ -2953,15 +2911,11 @@ def main(args: Namespace) -> None:
     if resumed is not None and finished_steps(args) >= args.max_train_steps:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         return
-    accelerator.init_trackers(
-        "dreambooth-flux",
-        config=plain_settings(args),
-    )
-
+    accelerator.init_trackers(PROJECT, config=plain_settings(args))
     validation_pictures = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     data = prepare_data(args, accelerator, dataset, validation_pictures)
     fit(args, accelerator, data, resumed, state)
-    if args.validation_prompt and not args.skip_final_inference:
+    if validation_prompts(args) and not args.skip_final_inference:
         embeds = [data.prompts[prompt] for prompt in validation_prompts(args)]
         del data  # and with it the VAE: what was saved brings its own
         with stage(args, accelerator, "Drawing the final pictures"):

@@ -116,13 +116,12 @@ def test_a_checkpoint_without_an_average_does_not_fit_a_run_with_one(script: Mod
         run(script, *FLAGS, "--use_ema", "--resume_from_checkpoint=latest")
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_sharded_weights_are_refused_before_anything_is_loaded(
-    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, engine: str
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Accelerator, "distributed_type", engine)
+    monkeypatch.setattr(Accelerator, "distributed_type", "FSDP")
     monkeypatch.setattr(script, "begin", lambda *_: pytest.fail("the run began"))
-    with pytest.raises(script.UsageError, match=f"--use_ema does not work with {engine}"):
+    with pytest.raises(script.UsageError, match="--use_ema: not with FSDP2"):
         run(script, "--use_ema")
 
 

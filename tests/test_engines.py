@@ -230,7 +230,7 @@ def test_every_process_runs_as_many_forwards_and_each_picture_is_drawn_once(
 
 
 ASKED = {
-    "full": ["--train_text_encoder", "--optimizer=adafactor", "--full_bf16", "--fused_backward_pass"],
+    "full": ["--train_text_encoder", "--optimizer=adafactor", "--full_bf16", "--fused_backward_pass", "--use_ema"],
     "lora": ["--train_text_encoder", "--optimizer=prodigy", "--base_quantization=int8", "--blocks_to_swap=1"],
 }
 

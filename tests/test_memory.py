@@ -397,17 +397,6 @@ def test_the_attention_backend_is_the_one_asked_for(
     assert found[:2] == pytest.approx(found[2:], rel=1e-4)
 
 
-def test_a_lookahead_hands_out_everything_once_in_order_and_loads_one_early(script: ModuleType) -> None:
-    made: list[int] = []
-    items = script.Lookahead(made.append(number) or number for number in range(4))  # type: ignore[func-returns-value]
-    assert next(items) == 0
-    assert made == [0]
-    items.load()
-    items.load()
-    assert made == [0, 1]
-    assert list(items) == [1, 2, 3]
-
-
 def test_the_next_inputs_are_made_before_the_loss_is_read(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
