@@ -33,8 +33,6 @@ import train_dreambooth_flux  # noqa: E402
 import train_dreambooth_lora_flux  # noqa: E402
 from tests.local_hub import HubState, serve  # noqa: E402
 
-gc.freeze()  # the libraries' objects are not looked at by every `gc.collect` of the scripts: 0.2 s each
-
 SCRIPTS = {"full": train_dreambooth_flux, "lora": train_dreambooth_lora_flux}
 Run = Callable[..., Path]
 
@@ -71,8 +69,14 @@ def script(request: pytest.FixtureRequest) -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps its state in singletons; each test starts without."""
+def fresh_start() -> Iterator[None]:
+    """accelerate keeps its state in singletons; each test starts without, and with nothing for the garbage collector.
+
+    What is there by then is looked at no more: else each `gc.collect` of the scripts takes 0.2 s on the libraries' and
+    pytest's objects.
+    """
+    gc.collect()
+    gc.freeze()
     yield
     reset_accelerate()
 
@@ -103,6 +107,7 @@ def base_flags(tiny_flux: Path, pictures: Path, tmp_path: Path) -> list[str]:
         "--max_train_steps=2",
         "--max_sequence_length=16",
         "--num_validation_images=1",
+        "--validation_num_inference_steps=3",
         "--report_to=none",
         "--seed=0",
     ]

@@ -42,7 +42,10 @@ COMMON = [
     "--report_to=none", "--max_train_steps=4", "--checkpointing_steps=2", "--upcast_before_saving",
     "--learning_rate=0.01", "--adam_epsilon=0.1", "--max_grad_norm=0.5", "--lr_scheduler=linear", "--lr_warmup_steps=2",
 ]  # fmt: skip
-VALIDATION = ["--validation_prompt=a dog", "--num_validation_images=3", "--validation_epochs=1", "--validation_loss"]
+VALIDATION = [
+    "--validation_prompt=a dog", "--num_validation_images=3", "--validation_num_inference_steps=3",
+    "--validation_epochs=1", "--validation_loss",
+]  # fmt: skip
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -326,13 +326,14 @@ def test_swapping_needs_checkpointing(base_flags: list[str], capsys: pytest.Capt
 # ---- compiling, attention, and the loop ------------------------------------------------------------------------------
 
 COMPILED = {
-    "full": (full, []),
     "full with checkpointing": (full, ["--gradient_checkpointing"]),
-    "LoRA": (lora, []),
+    "full in bf16 with updates in the backward pass": (
+        full, ["--mixed_precision=bf16", "--full_bf16", "--fused_backward_pass"],
+    ),
     "LoRA with checkpointing on int8": (lora, ["--gradient_checkpointing", "--base_quantization=int8"]),
     "LoRA with swapped blocks": (lora, ["--gradient_checkpointing", "--blocks_to_swap=2"]),
     "LoRA with buckets": (lora, ["--aspect_ratio_buckets=32,48;48,32", "--train_batch_size=1"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", COMPILED)
@@ -354,7 +355,7 @@ def test_compiled_blocks_train_as_uncompiled_ones(
     torch._dynamo.utils.counters.clear()
     compiled = run(script, *flags)
     assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
-    assert found[:3] == pytest.approx(found[3:], rel=1e-5)
+    assert found[:3] == pytest.approx(found[3:], rel=1e-3 if "bf16" in case else 1e-5)
     for name in ("", "checkpoint-3"):
         one, other = saved(eager / name), saved(compiled / name)
         assert one.keys() == other.keys()

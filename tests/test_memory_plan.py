@@ -117,4 +117,14 @@ def test_the_flags_that_it_advises_are_accepted_and_make_it_fit(script: ModuleTy
     assert advised
     given = script.parse_args([*FLUX, *flags, "--cache_latents", "--gradient_accumulation_steps=2", *advised])
     assert memory_plan.fits(memory_plan.plan_stages(memory_plan.Plan(script, given, plan.models), {}), card)
+
+
+def test_it_advises_nothing_that_would_not_be_enough(
+    script: ModuleType, tiny_flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(
+        script, f"--pretrained_model_name_or_path={tiny_flux}", "--resolution=64", "--max_sequence_length=64"
+    )
+    shortened = {kind: remedies[:1] for kind, remedies in memory_plan.REMEDIES.items()}
+    monkeypatch.setattr(memory_plan, "REMEDIES", shortened)
     assert memory_plan.find_remedy(plan, 0.1, {}) is None

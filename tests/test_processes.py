@@ -26,10 +26,10 @@ COMMON = [
     "--report_to=none", "--max_train_steps=4", "--checkpointing_steps=4", "--upcast_before_saving",
     "--learning_rate=0.01", "--text_encoder_lr=0.01", "--adam_epsilon=0.1", "--max_grad_norm=0",
 ]  # fmt: skip
-# Each script as it is, and with two micro-batches a step, cached latents and CLIP trained.
+# Each script as it is, and with two micro-batches a step, cached latents, CLIP trained and averaged weights.
 KINDS: dict[str, tuple[list[str], int]] = {
     "plain": ([], 1),
-    "accumulated": (["--cache_latents", "--train_text_encoder"], 2),
+    "accumulated": (["--cache_latents", "--train_text_encoder", "--use_ema"], 2),
 }
 EXAMPLES = {1: 2 + 2 + 1 + 2, 2: 4 + 1 + 4 + 1}  # in four steps on two processes, by micro-batches of a step
 
