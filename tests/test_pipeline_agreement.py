@@ -1,6 +1,7 @@
 """What is trained is what FluxPipeline samples: layout, positions, prompts, scaling, sigma and the velocity's sign."""
 
 import argparse
+import inspect
 import math
 from pathlib import Path
 from types import ModuleType
@@ -214,8 +215,15 @@ def test_pictures_drawn_on_the_way_are_those_of_the_pipeline(
     embeds = script.encode_prompts(args, accelerator, ["a cat"], torch.float32)["a cat"]
     models, numbers = (pipeline.transformer, pipeline.vae), range(args.num_validation_images)
     drawn = script.sample_pictures(args, accelerator, *models, [embeds], 5, numbers, "Validation")
+    options = {"num_inference_steps": args.validation_num_inference_steps, "max_sequence_length": 16}
     generator = script.generator_for(5, "validation", 0)
-    expected = pipeline("a cat", height=32, width=32, max_sequence_length=16, generator=generator).images
+    expected = pipeline("a cat", height=32, width=32, generator=generator, **options).images
     assert len(drawn) == 1
     assert np.abs(np.asarray(drawn[0], dtype=int) - np.asarray(expected[0], dtype=int)).max() <= 1
     assert np.asarray(expected[0]).std() > 1  # a picture of one colour would prove nothing
+
+
+def test_pictures_are_drawn_with_the_pipelines_defaults_unless_asked_for_others(script: ModuleType) -> None:
+    defaults = inspect.signature(FluxPipeline.__call__).parameters
+    for name in ("guidance_scale", "num_inference_steps"):
+        assert script.make_parser().get_default(f"validation_{name}") == defaults[name].default
