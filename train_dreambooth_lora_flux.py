@@ -99,10 +99,11 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTextModel
+from transformers.hf_argparser import string_to_bool
 from transformers.optimization import Adafactor
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ LOG_SECONDS, SMOOTHED_STEPS = 30, 50  # between two lines in a log file; steps t
 SHEET_FILE, SHEET_ROWS, SHEET_CELL = "contact_sheet.jpg", 32, 256  # of validation pictures: most rows, pixels of a cell
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 ATTENTION_BACKENDS = [kind.value for kind in AttentionBackendName if "sage" not in kind.value]  # those have no backward
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULES = [kind.value for kind in SchedulerType]
 WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -173,14 +175,6 @@ class AddPrompt(argparse.Action):
         setattr(namespace, self.dest, [*earlier, value] if earlier else value)
 
 
-def parse_bool(text: str) -> bool:
-    """The value of a flag given as `--flag true` or `--flag false`."""
-    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return values[text.lower()]
-
-
 def parse_flow_shift(text: str) -> float | str | None:
     """The value of `--flow_shift`: a number, "dynamic", or None for "none"."""
     with contextlib.suppress(ValueError):
@@ -227,11 +221,7 @@ def add_prior_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_class_images", type=int, default=100, help="class pictures that there should be")
     add("--prior_loss_weight", type=float, default=1.0, help="weight of the class pictures' loss")
     add("--sample_batch_size", type=int, default=4, help="class pictures generated at a time")
-    add(
-        "--prior_generation_precision",
-        choices=["no", "fp32", "fp16", "bf16"],
-        help="(default: bf16 on an accelerator, else fp32)",
-    )
+    add("--prior_generation_precision", choices=list(PRECISIONS), help="(default: bf16 on an accelerator, else fp32)")
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
@@ -297,9 +287,9 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
     add("--max_grad_norm", type=float, default=1.0, help="clip gradients to it; 0: do not")
     add("--prodigy_beta3", type=float, help="decay of the estimate (default: sqrt(beta2))")
-    add("--prodigy_decouple", type=parse_bool, default=True, help="decoupled weight decay, as in AdamW")
-    add("--prodigy_use_bias_correction", type=parse_bool, default=True, help="Adam's bias correction")
-    add("--prodigy_safeguard_warmup", type=parse_bool, default=True, help="for a warm-up")
+    add("--prodigy_decouple", type=string_to_bool, default=True, help="decoupled weight decay, as in AdamW")
+    add("--prodigy_use_bias_correction", type=string_to_bool, default=True, help="Adam's bias correction")
+    add("--prodigy_safeguard_warmup", type=string_to_bool, default=True, help="for a warm-up")
     add("--use_ema", action="store_true", help="average the weights; validation and the result use it")
     add("--ema_decay", type=float, default=0.99, help="about the last 1 / (1 - decay) steps count")
 
@@ -909,18 +899,10 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         "pixels": (B or 2B, 3, H, W), or "latents": a LatentDistribution of (B or 2B, C, h, w) each.
     """
     halves = [half for half in ("instance", "class") if half in examples[0]]
-    pictures = [example[half] for half in halves for example in examples]
-    batch: dict[str, Any] = {
-        "keys": [example["key"] for example in examples],
-        "weights": torch.tensor([example["key"].weight for example in examples]),
-        "prompts": [picture["prompt"] for picture in pictures],
-    }
-    if "pixels" in pictures[0]:
-        batch["pixels"] = torch.stack([picture["pixels"] for picture in pictures])
-    else:
-        mean, std = zip(*(picture["latents"] for picture in pictures), strict=True)
-        batch["latents"] = LatentDistribution(torch.stack(mean), torch.stack(std))
-    return batch
+    pictures = default_collate([example[half] for half in halves for example in examples])
+    keys = [example["key"] for example in examples]
+    weights = torch.tensor([key.weight for key in keys])
+    return {"keys": keys, "weights": weights, "prompts": pictures.pop("prompt")} | pictures
 
 
 # ======================================================================================================================
@@ -938,10 +920,7 @@ class PromptEmbeds(NamedTuple):
 
 def gather_dicts(mine: dict[Any, Any]) -> dict[Any, Any]:
     """The union of the dictionaries of all processes, on all of them."""
-    merged: dict[Any, Any] = {}
-    for part in gather_object([mine]):
-        merged |= part
-    return merged
+    return {key: value for part in gather_object([mine]) for key, value in part.items()}
 
 
 @torch.no_grad()
@@ -1331,12 +1310,11 @@ def quantize_base(transformer: nn.Module, kind: str, device: torch.device, swapp
     at int8 even with `kind` "nf4", for 1.5 GiB. The embedders and the last layer, 1 % of the weights, are left alone.
     """
     for block in list_blocks(transformer):
-        for name, module in list(block.named_modules()):
-            for child_name, child in list(module.named_children()):
-                if type(child) is nn.Linear:
-                    layer = QuantizedLinear(child, "int8" if name.startswith("norm") else kind, device)
-                    layer.weight.data = layer.weight.data.to("cpu") if block in swapped else layer.weight.data
-                    setattr(module, child_name, layer)
+        for name, linear in list(block.named_modules()):
+            if type(linear) is nn.Linear:
+                layer = QuantizedLinear(linear, "int8" if name.startswith("norm") else kind, device)
+                layer.weight.data = layer.weight.data.to("cpu") if block in swapped else layer.weight.data
+                block.set_submodule(name, layer)
 
 
 class BlockSwap:
@@ -1925,8 +1903,7 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
     accelerator.wait_for_everyone()  # nobody writes before all have counted
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
     default = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
-    precisions = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = precisions.get(args.prior_generation_precision, default)
+    dtype = PRECISIONS.get(args.prior_generation_precision, default)
     encoded = encode_prompts(args, accelerator, [args.class_prompt], dtype)  # frees the encoders: 10 GB of FLUX.1 [dev]
     if mine:
         pipeline = load_sampler(args, load_frozen_transformer(args, dtype, accelerator.device), dtype)
@@ -2946,7 +2923,7 @@ def prepare_data(
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """The precision of what is frozen, by what accelerate resolved from flag, environment and configuration."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return PRECISIONS[accelerator.mixed_precision]
 
 
 def prepare_training(args: Namespace, accelerator: Accelerator, seed: int, weights: Path | None) -> Trained:
