@@ -61,11 +61,13 @@ import signal
 import sys
 import textwrap
 import time
+import weakref
 import zlib
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,6 +82,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
     DynamoBackend,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     disable_fsdp_ram_efficient_loading,
     gather_object,
@@ -118,7 +121,8 @@ CURVE_FILE = "loss_curve.png"
 LOG_SECONDS, SMOOTHED_STEPS = 30, 50  # between two lines in a log file; steps that a shown loss is the mean of
 SHEET_FILE, SHEET_ROWS, SHEET_CELL = "contact_sheet.jpg", 32, 256  # of validation pictures: most rows, pixels of a cell
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-ATTENTION_BACKENDS = [kind.value for kind in AttentionBackendName if "sage" not in kind.value]  # those have no backward
+NO_BACKWARD = re.compile("sage|_flash_3$")  # attention back-ends that cannot train
+ATTENTION_BACKENDS = [kind.value for kind in AttentionBackendName if not NO_BACKWARD.search(kind.value)]
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULES = [kind.value for kind in SchedulerType]
 WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
@@ -1149,6 +1153,11 @@ def list_blocks(transformer: nn.Module) -> list[nn.Module]:
     return [*model.transformer_blocks, *model.single_transformer_blocks]
 
 
+def keep_dtype(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """What an RMSNorm returns, in the precision of its input: CUDA's autocast of torch 2.13 makes it float32."""
+    return output.to(inputs[0].dtype)
+
+
 def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     """Switch on what is asked for of how the blocks compute."""
     if args.gradient_checkpointing:
@@ -1156,6 +1165,9 @@ def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     backend = "_native_npu" if args.enable_npu_flash_attention else args.attention_backend
     if backend:
         transformer.set_attention_backend(backend)
+    for module in transformer.modules():
+        if isinstance(module, nn.RMSNorm):  # of queries and keys, which flash attention takes in half precision only
+            module.register_forward_hook(keep_dtype)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -1330,8 +1342,9 @@ class PerParameterOptimizer(torch.optim.Optimizer):
     def fuse(self, max_grad_norm: float) -> None:
         """Update in the backward pass from now on, each gradient averaged over processes and clipped by itself."""
         self.max_grad_norm = max_grad_norm
-        for number, (parameter, _, _) in enumerate(self.optimizers):
-            parameter.register_post_accumulate_grad_hook(functools.partial(self.update_in_backward, number))
+        update = functools.partial(PerParameterOptimizer.update_in_backward, weakref.proxy(self))
+        for number, (parameter, _, _) in enumerate(self.optimizers):  # a hook that held the optimizer would never go
+            parameter.register_post_accumulate_grad_hook(functools.partial(update, number))
 
     def update_in_backward(self, number: int, parameter: Tensor) -> None:
         if self.processes > 1:
@@ -1342,7 +1355,7 @@ class PerParameterOptimizer(torch.optim.Optimizer):
 
     def take_norm(self) -> Tensor:
         """The norm of the gradient of the last backward pass, before clipping."""
-        norm, self.squared_norm = self.squared_norm.sqrt(), torch.zeros(())
+        norm, self.squared_norm = self.squared_norm.sqrt(), torch.zeros_like(self.squared_norm)
         return norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -1733,12 +1746,6 @@ def load_schedule(trained: Trained, checkpoint: Path) -> None:
 # ======================================================================================================================
 
 
-def load_sampler(args: Namespace, transformer: FluxTransformer2DModel, dtype: torch.dtype) -> FluxPipeline:
-    """The pipeline of the base model around `transformer`, without text encoders: their embeddings are at hand."""
-    left_out = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    return from_base(FluxPipeline, args, transformer=transformer, dtype=dtype, **left_out)
-
-
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG or JPEG that is whole or not there."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
@@ -1747,6 +1754,33 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 @torch.no_grad()
+def draw_pictures(
+    args: Namespace,
+    transformer: nn.Module,
+    vae: AutoencoderKL,
+    prompts: list[PromptEmbeds],
+    dtype: torch.dtype,
+    generators: list[torch.Generator],
+    **options: Any,
+) -> list[Image.Image]:
+    """A picture of each prompt from the noise of its generator, at the training's resolution and text length.
+
+    The transformer is used as it is, neither cast nor moved. `dtype` is that of the prompts, `options` the pipeline's.
+    """
+    pipeline = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(
+        prompt_embeds=torch.stack([prompt.prompt_embeds for prompt in prompts]).to(vae.device, dtype),
+        pooled_prompt_embeds=torch.stack([prompt.pooled_prompt_embeds for prompt in prompts]).to(vae.device, dtype),
+        height=args.resolution,
+        width=args.resolution,
+        generator=generators,
+        output_type="latent",
+        **options,
+    ).images
+    return [decode_latents(vae, own[None], args.resolution) for own in latents]
+
+
 def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int) -> None:
     """Draw the class pictures that are missing, at the training resolution, the processes sharing the work.
 
@@ -1766,21 +1800,14 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
     dtype = PRECISIONS.get(args.prior_generation_precision, default)
     encoded = encode_prompts(args, accelerator, [args.class_prompt], dtype)  # frees the encoders: 10 GB of FLUX.1 [dev]
     if mine:
-        pipeline = load_sampler(args, load_frozen_transformer(args, dtype, accelerator.device), dtype)
-        pipeline.vae.to(accelerator.device)
-        pipeline.set_progress_bar_config(disable=True)
-        embeds, pooled = (part[None].to(accelerator.device, dtype) for part in encoded[args.class_prompt][:2])
+        transformer, vae = load_frozen_transformer(args, dtype, accelerator.device), load_vae(args, accelerator)
         hidden = not accelerator.is_local_main_process or None  # None: where there is no terminal
         bar = tqdm(total=len(mine), desc="Generating class pictures", disable=hidden)
         for start in range(0, len(mine), args.sample_batch_size):
             part = mine[start : start + args.sample_batch_size]
-            pictures = pipeline(
-                prompt_embeds=embeds.expand(len(part), -1, -1),
-                pooled_prompt_embeds=pooled.expand(len(part), -1),
-                height=args.resolution,
-                width=args.resolution,
-                generator=[generator_for(seed, "class picture", number) for number in part],
-            ).images
+            noise = [generator_for(seed, "class picture", number) for number in part]
+            prompts = [encoded[args.class_prompt]] * len(part)
+            pictures = draw_pictures(args, transformer, vae, prompts, dtype, noise)
             for number, picture in zip(part, pictures, strict=True):
                 save_picture(picture, folder / f"class_{number:05d}.png")
             bar.update(len(part))
@@ -1798,7 +1825,6 @@ def own_share(accelerator: Accelerator, count: int) -> range:
     return range(accelerator.process_index, math.ceil(count / processes) * processes, processes)
 
 
-@torch.no_grad()
 def sample_pictures(
     args: Namespace,
     accelerator: Accelerator,
@@ -1809,34 +1835,23 @@ def sample_pictures(
     numbers: range,
     desc: str,
 ) -> dict[int, Image.Image]:
-    """Draw the pictures of these numbers, `--num_validation_images` of each prompt, but for fillers beyond the last.
+    """Draw the pictures of these numbers, `--num_validation_images` of each prompt, from the same noise every time.
 
-    Fillers only keep the processes of a sharded model in step.
-
-    At the training's resolution and text length, from the same noise every time. The transformer is used as it is:
-    neither cast nor moved.
+    Numbers beyond the last are fillers, which only keep the processes of a sharded model in step.
     """
-    pipeline = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
-    pipeline.set_progress_bar_config(disable=True)
     images, count = args.num_validation_images, args.num_validation_images * len(embeds)
-    dtype = transformer.dtype if not transformer.training else torch.float32
-    was_training = transformer.training
+    options = {
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_num_inference_steps,
+    }
+    dtype, was_training = torch.float32 if transformer.training else transformer.dtype, transformer.training
     transformer.eval()
     pictures = {}
     for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
-        prompt = embeds[number % count // images]
-        latents = pipeline(
-            prompt_embeds=prompt.prompt_embeds[None].to(accelerator.device, dtype),
-            pooled_prompt_embeds=prompt.pooled_prompt_embeds[None].to(accelerator.device, dtype),
-            height=args.resolution,
-            width=args.resolution,
-            guidance_scale=args.validation_guidance_scale,
-            num_inference_steps=args.validation_num_inference_steps,
-            generator=generator_for(seed, "validation", number % images),
-            output_type="latent",
-        ).images
+        prompt, noise = embeds[number % count // images], generator_for(seed, "validation", number % images)
+        [picture] = draw_pictures(args, transformer, vae, [prompt], dtype, [noise], **options)
         if number < count:
-            pictures[number] = decode_latents(vae, latents, args.resolution)
+            pictures[number] = picture
     transformer.train(was_training)
     return pictures
 
@@ -2037,7 +2052,8 @@ def draw_final_pictures(
         pipeline = load_results(args, dtype, accelerator.device).to(accelerator.device)
         text_encoder = pipeline.text_encoder if args.train_text_encoder else None
         embeds = [embed_prompt(accelerator, text_encoder, prompt) for prompt in prompts]
-        models = (pipeline.transformer.eval(), pipeline.vae)
+        # In float16 the VAE's activations overflow.
+        models = (pipeline.transformer.eval(), pipeline.vae.float() if dtype == torch.float16 else pipeline.vae)
         mine = sample_pictures(args, accelerator, *models, embeds, state.seed, numbers, "Final pictures")
     pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
     if accelerator.is_main_process:
@@ -2270,8 +2286,9 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     """Highest use so far in GiB: of the device since the stage began, where it can say, and of this process."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = {"peak_host_memory": host / GIB}
-    read = getattr(torch.get_device_module(device), "max_memory_allocated", None)
-    return peak if read is None else peak | {"peak_device_memory": read(device) / GIB}
+    read = getattr(torch.get_device_module(device), "memory_stats", None)
+    # Active, not allocated: what a stream still reads has been given back by name only.
+    return peak if read is None else peak | {"peak_device_memory": read(device)["active_bytes.all.peak"] / GIB}
 
 
 def memory_advice(args: Namespace) -> str:
@@ -2537,6 +2554,9 @@ def make_accelerator(args: Namespace) -> Accelerator:
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=project,
             step_scheduler_with_optimizer=False,  # the schedule counts optimizer steps, not processes
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=2))
+            ],  # others wait for process 0's downloads
         )
     except (ValueError, ImportError) as error:
         raise UsageError(f"--mixed_precision={args.mixed_precision}, --report_to={args.report_to}: {error}") from error
@@ -2817,7 +2837,11 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
             accelerator.register_for_checkpointing(trained.ema)
     if checkpoint is not None:
         if fits:
-            accelerator.load_state(str(checkpoint), load_module_strict=False)  # DeepSpeed's word: frozen are left out
+            place = (
+                {} if is_sharded(accelerator) else {"map_location": "cpu"}
+            )  # a state on the device would be copied there
+            # load_module_strict is DeepSpeed's word: the frozen are left out.
+            accelerator.load_state(str(checkpoint), load_module_strict=False, **place)
         else:
             load_schedule(trained, checkpoint)
         if trained.ema is not None:  # which came back on the CPU, with the decay that it had
@@ -2841,6 +2865,7 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
         with writing(args, "the result", partial, 4 * trained.size), trained.averaged():
             save_results(args, accelerator, trained, dtype)
     accelerator.free_memory()
+    accelerator._custom_objects.clear()  # the average
 
 
 def make_schedule(

@@ -66,6 +66,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,6 +81,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
     DynamoBackend,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     disable_fsdp_ram_efficient_loading,
     gather_object,
@@ -120,7 +122,8 @@ CURVE_FILE = "loss_curve.png"
 LOG_SECONDS, SMOOTHED_STEPS = 30, 50  # between two lines in a log file; steps that a shown loss is the mean of
 SHEET_FILE, SHEET_ROWS, SHEET_CELL = "contact_sheet.jpg", 32, 256  # of validation pictures: most rows, pixels of a cell
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-ATTENTION_BACKENDS = [kind.value for kind in AttentionBackendName if "sage" not in kind.value]  # those have no backward
+NO_BACKWARD = re.compile("sage|_flash_3$")  # attention back-ends that cannot train
+ATTENTION_BACKENDS = [kind.value for kind in AttentionBackendName if not NO_BACKWARD.search(kind.value)]
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULES = [kind.value for kind in SchedulerType]
 WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
@@ -1177,6 +1180,11 @@ def list_blocks(transformer: nn.Module) -> list[nn.Module]:
     return [*model.transformer_blocks, *model.single_transformer_blocks]
 
 
+def keep_dtype(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """What an RMSNorm returns, in the precision of its input: CUDA's autocast of torch 2.13 makes it float32."""
+    return output.to(inputs[0].dtype)
+
+
 def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     """Switch on what is asked for of how the blocks compute."""
     if args.gradient_checkpointing:
@@ -1184,6 +1192,9 @@ def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     backend = "_native_npu" if args.enable_npu_flash_attention else args.attention_backend
     if backend:
         transformer.set_attention_backend(backend)
+    for module in transformer.modules():
+        if isinstance(module, nn.RMSNorm):  # of queries and keys, which flash attention takes in half precision only
+            module.register_forward_hook(keep_dtype)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -1239,23 +1250,23 @@ class QuantizedProduct(torch.autograd.Function):
     """x (..., in) @ weight.T (in, out) for a frozen quantized weight, of which only the packed form is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.scale = scale
-        return nn.functional.linear(x, dequantize(weight, scale, x.dtype))
+        ctx.state = state
+        return nn.functional.linear(x, unpack_weight(weight, state, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return gradient @ dequantize(ctx.saved_tensors[0], ctx.scale, gradient.dtype), None, None
+        return gradient @ unpack_weight(ctx.saved_tensors[0], ctx.state, gradient.dtype), None, None
 
 
-def dequantize(weight: Tensor, scale: Any, dtype: torch.dtype) -> Tensor:
-    """A weight (out, in) in `dtype`: of int8 and scales (out,), or of packed NF4 and bitsandbytes' state."""
-    if isinstance(scale, Tensor):
-        return weight * scale[:, None].to(dtype)
+def unpack_weight(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """A quantized weight as (out, in) in `dtype`: int8 still to be scaled, or NF4 with bitsandbytes' state."""
+    if state is None:
+        return weight.to(dtype)
     from bitsandbytes.functional import dequantize_4bit  # optional
 
-    return dequantize_4bit(weight, scale).to(dtype)
+    return dequantize_4bit(weight, state).to(dtype)
 
 
 class QuantizedLinear(nn.Linear):
@@ -1268,26 +1279,26 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, kind: str, device: torch.device) -> None:
         nn.Module.__init__(self)  # `nn.Linear`'s would allocate the weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.to(device)
-        self.scale: Any
+        weight, self.state, scale = linear.weight.to(device), None, None
         if kind == "nf4":
             from bitsandbytes.functional import quantize_4bit  # optional
             from bitsandbytes.nn import Params4bit
 
-            packed, self.scale = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-            self.weight = Params4bit(packed, requires_grad=False, quant_state=self.scale, bnb_quantized=True)
+            packed, self.state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            self.weight = Params4bit(packed, requires_grad=False, quant_state=self.state, bnb_quantized=True)
         else:
             scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
             packed = (weight.float() / scale[:, None]).round().to(torch.int8)
-            self.register_buffer("scale", scale)
             self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in autocast's precision where that is on."""
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        y = QuantizedProduct.apply(x, self.weight, self.scale)
+        y = QuantizedProduct.apply(x, self.weight, self.state)
+        y = y if self.scale is None else y * self.scale.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -1327,18 +1338,28 @@ class BlockSwap:
     def __init__(self, blocks: list[nn.Module], device: torch.device) -> None:
         self.device, self.cuda = device, device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.cuda else None
+        self.free = torch.empty(0, dtype=torch.uint8)  # host memory that is pinned and not used yet
+        self.host: list[list[tuple[nn.Module, str, Tensor]]] = []
         self.copies: dict[int, tuple[list[Tensor], Any]] = {}
         self.position, self.reached = -1, None  # the block that runs, and the event of its beginning
-        self.host = [[self.to_host(module, name) for module, name in frozen_weights(block)] for block in blocks]
         for number, block in enumerate(blocks):
+            places = [
+                (module, *place) for module in block.modules() for place in module.named_parameters(recurse=False)
+            ]
+            frozen = [place for place in places if not place[2].requires_grad]
+            self.host.append([(module, name, self.to_host(weight.data)) for module, name, weight in frozen])
             block.register_forward_pre_hook(functools.partial(self.load, number))
             # Always: the second run ends early, by an exception.
             block.register_forward_hook(functools.partial(self.drop, number), always_call=True)
             self.drop(number)
 
-    def to_host(self, module: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
-        weight = module._parameters[name].data.to("cpu")  # type: ignore[union-attr]
-        return module, name, weight.pin_memory() if self.cuda else weight
+    def to_host(self, weight: Tensor) -> Tensor:
+        """A copy in host memory, which is pinned by the GiB: torch rounds each request up to a power of two."""
+        size = math.ceil(weight.nbytes / 512) * 512
+        if size > len(self.free):
+            self.free = torch.empty(max(size, GIB), dtype=torch.uint8, pin_memory=self.cuda)
+        place, self.free = self.free[: weight.nbytes], self.free[size:]
+        return place.view(weight.dtype).view(weight.shape).copy_(weight)
 
     def start_copy(self, number: int) -> None:
         if number not in range(len(self.host)) or number in self.copies:
@@ -1363,23 +1384,13 @@ class BlockSwap:
                 copy.record_stream(torch.cuda.current_stream(self.device))
             # A new parameter: changing the old one's data would change what autograd keeps of it as well.
             module._parameters[name] = nn.Parameter(copy, requires_grad=False)
-        self.start_copy(number + 1 if number >= self.position else number - 1)
+        self.start_copy(number - 1 if number == self.position - 1 else number + 1)
         self.position = number
 
     def drop(self, number: int, *_: Any) -> None:
         """Leave empty weights, which no `.to` and no engine can bring back to the device."""
         for module, name, weight in self.host[number]:
             module._parameters[name] = nn.Parameter(weight.new_empty(0, device=self.device), requires_grad=False)
-
-
-def frozen_weights(block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the frozen parameters of a block stand: module and name in it."""
-    return [
-        (module, name)
-        for module in block.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and not parameter.requires_grad
-    ]
 
 
 def load_base(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
@@ -1873,12 +1884,6 @@ def load_schedule(trained: Trained, checkpoint: Path) -> None:
 # ======================================================================================================================
 
 
-def load_sampler(args: Namespace, transformer: FluxTransformer2DModel, dtype: torch.dtype) -> FluxPipeline:
-    """The pipeline of the base model around `transformer`, without text encoders: their embeddings are at hand."""
-    left_out = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    return from_base(FluxPipeline, args, transformer=transformer, dtype=dtype, **left_out)
-
-
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG or JPEG that is whole or not there."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
@@ -1887,6 +1892,33 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 @torch.no_grad()
+def draw_pictures(
+    args: Namespace,
+    transformer: nn.Module,
+    vae: AutoencoderKL,
+    prompts: list[PromptEmbeds],
+    dtype: torch.dtype,
+    generators: list[torch.Generator],
+    **options: Any,
+) -> list[Image.Image]:
+    """A picture of each prompt from the noise of its generator, at the training's resolution and text length.
+
+    The transformer is used as it is, neither cast nor moved. `dtype` is that of the prompts, `options` the pipeline's.
+    """
+    pipeline = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(
+        prompt_embeds=torch.stack([prompt.prompt_embeds for prompt in prompts]).to(vae.device, dtype),
+        pooled_prompt_embeds=torch.stack([prompt.pooled_prompt_embeds for prompt in prompts]).to(vae.device, dtype),
+        height=args.resolution,
+        width=args.resolution,
+        generator=generators,
+        output_type="latent",
+        **options,
+    ).images
+    return [decode_latents(vae, own[None], args.resolution) for own in latents]
+
+
 def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int) -> None:
     """Draw the class pictures that are missing, at the training resolution, the processes sharing the work.
 
@@ -1906,21 +1938,14 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
     dtype = PRECISIONS.get(args.prior_generation_precision, default)
     encoded = encode_prompts(args, accelerator, [args.class_prompt], dtype)  # frees the encoders: 10 GB of FLUX.1 [dev]
     if mine:
-        pipeline = load_sampler(args, load_frozen_transformer(args, dtype, accelerator.device), dtype)
-        pipeline.vae.to(accelerator.device)
-        pipeline.set_progress_bar_config(disable=True)
-        embeds, pooled = (part[None].to(accelerator.device, dtype) for part in encoded[args.class_prompt][:2])
+        transformer, vae = load_frozen_transformer(args, dtype, accelerator.device), load_vae(args, accelerator)
         hidden = not accelerator.is_local_main_process or None  # None: where there is no terminal
         bar = tqdm(total=len(mine), desc="Generating class pictures", disable=hidden)
         for start in range(0, len(mine), args.sample_batch_size):
             part = mine[start : start + args.sample_batch_size]
-            pictures = pipeline(
-                prompt_embeds=embeds.expand(len(part), -1, -1),
-                pooled_prompt_embeds=pooled.expand(len(part), -1),
-                height=args.resolution,
-                width=args.resolution,
-                generator=[generator_for(seed, "class picture", number) for number in part],
-            ).images
+            noise = [generator_for(seed, "class picture", number) for number in part]
+            prompts = [encoded[args.class_prompt]] * len(part)
+            pictures = draw_pictures(args, transformer, vae, prompts, dtype, noise)
             for number, picture in zip(part, pictures, strict=True):
                 save_picture(picture, folder / f"class_{number:05d}.png")
             bar.update(len(part))
@@ -1938,7 +1963,6 @@ def own_share(accelerator: Accelerator, count: int) -> range:
     return range(accelerator.process_index, math.ceil(count / processes) * processes, processes)
 
 
-@torch.no_grad()
 def sample_pictures(
     args: Namespace,
     accelerator: Accelerator,
@@ -1949,34 +1973,23 @@ def sample_pictures(
     numbers: range,
     desc: str,
 ) -> dict[int, Image.Image]:
-    """Draw the pictures of these numbers, `--num_validation_images` of each prompt, but for fillers beyond the last.
+    """Draw the pictures of these numbers, `--num_validation_images` of each prompt, from the same noise every time.
 
-    Fillers only keep the processes of a sharded model in step.
-
-    At the training's resolution and text length, from the same noise every time. The transformer is used as it is:
-    neither cast nor moved.
+    Numbers beyond the last are fillers, which only keep the processes of a sharded model in step.
     """
-    pipeline = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
-    pipeline.set_progress_bar_config(disable=True)
     images, count = args.num_validation_images, args.num_validation_images * len(embeds)
-    dtype = transformer.dtype if not transformer.training else torch.float32
-    was_training = transformer.training
+    options = {
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_num_inference_steps,
+    }
+    dtype, was_training = torch.float32 if transformer.training else transformer.dtype, transformer.training
     transformer.eval()
     pictures = {}
     for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
-        prompt = embeds[number % count // images]
-        latents = pipeline(
-            prompt_embeds=prompt.prompt_embeds[None].to(accelerator.device, dtype),
-            pooled_prompt_embeds=prompt.pooled_prompt_embeds[None].to(accelerator.device, dtype),
-            height=args.resolution,
-            width=args.resolution,
-            guidance_scale=args.validation_guidance_scale,
-            num_inference_steps=args.validation_num_inference_steps,
-            generator=generator_for(seed, "validation", number % images),
-            output_type="latent",
-        ).images
+        prompt, noise = embeds[number % count // images], generator_for(seed, "validation", number % images)
+        [picture] = draw_pictures(args, transformer, vae, [prompt], dtype, [noise], **options)
         if number < count:
-            pictures[number] = decode_latents(vae, latents, args.resolution)
+            pictures[number] = picture
     transformer.train(was_training)
     return pictures
 
@@ -2202,7 +2215,8 @@ def draw_final_pictures(
         pipeline = load_results(args, dtype, accelerator.device).to(accelerator.device)
         text_encoder = pipeline.text_encoder if args.train_text_encoder else None
         embeds = [embed_prompt(accelerator, text_encoder, prompt) for prompt in prompts]
-        models = (pipeline.transformer.eval(), pipeline.vae)
+        # In float16 the VAE's activations overflow.
+        models = (pipeline.transformer.eval(), pipeline.vae.float() if dtype == torch.float16 else pipeline.vae)
         mine = sample_pictures(args, accelerator, *models, embeds, state.seed, numbers, "Final pictures")
     pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
     if accelerator.is_main_process:
@@ -2434,8 +2448,9 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     """Highest use so far in GiB: of the device since the stage began, where it can say, and of this process."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = {"peak_host_memory": host / GIB}
-    read = getattr(torch.get_device_module(device), "max_memory_allocated", None)
-    return peak if read is None else peak | {"peak_device_memory": read(device) / GIB}
+    read = getattr(torch.get_device_module(device), "memory_stats", None)
+    # Active, not allocated: what a stream still reads has been given back by name only.
+    return peak if read is None else peak | {"peak_device_memory": read(device)["active_bytes.all.peak"] / GIB}
 
 
 def memory_advice(args: Namespace) -> str:
@@ -2692,6 +2707,9 @@ def make_accelerator(args: Namespace) -> Accelerator:
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=project,
             step_scheduler_with_optimizer=False,  # the schedule counts optimizer steps, not processes
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=2))
+            ],  # others wait for process 0's downloads
         )
     except (ValueError, ImportError) as error:
         raise UsageError(f"--mixed_precision={args.mixed_precision}, --report_to={args.report_to}: {error}") from error
@@ -2973,7 +2991,11 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
             accelerator.register_for_checkpointing(trained.ema)
     if checkpoint is not None:
         if fits:
-            accelerator.load_state(str(checkpoint), load_module_strict=False)  # DeepSpeed's word: frozen are left out
+            place = (
+                {} if is_sharded(accelerator) else {"map_location": "cpu"}
+            )  # a state on the device would be copied there
+            # load_module_strict is DeepSpeed's word: the frozen are left out.
+            accelerator.load_state(str(checkpoint), load_module_strict=False, **place)
         else:
             load_schedule(trained, checkpoint)
         if trained.ema is not None:  # which came back on the CPU, with the decay that it had
@@ -2997,6 +3019,7 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
         with writing(args, "the result", partial, 4 * trained.size), trained.averaged():
             save_results(args, accelerator, trained, dtype)
     accelerator.free_memory()
+    accelerator._custom_objects.clear()  # the average
 
 
 def make_schedule(

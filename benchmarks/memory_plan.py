@@ -42,7 +42,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # packed weights, 8-bit scales of blo
 BLOCK_KINDS = ("transformer_blocks", "single_transformer_blocks")
 COMMON_REMEDIES: list[dict[str, Any]] = [
     {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"cache_latents": True},
-    {"train_batch_size": 1}, {"sample_batch_size": 1},
+    {"train_batch_size": 1},
 ]  # fmt: skip
 REMEDIES: dict[str, list[dict[str, Any]]] = {  # what to change, in the order of what it costs
     "lora": [
@@ -264,13 +264,13 @@ def state_bytes(plan: Plan, parameters: list[nn.Parameter]) -> float:
     return total + (16.0 * largest if alone else 0.0)
 
 
-def decode_bytes(plan: Plan, count: int) -> int:
-    """Bytes that the VAE needs beside its weights to draw `count` pictures at once."""
+def decode_bytes(plan: Plan) -> int:
+    """Bytes that the VAE needs beside its weights to draw a picture."""
     vae, side = copy.deepcopy(plan.models["vae"]), plan.args.resolution // 8
     dtype = torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32
     for parameter in vae.parameters():
         parameter.data = parameter.data.to(dtype)
-    latents = (count, vae.config.latent_channels, side, side)
+    latents = (1, vae.config.latent_channels, side, side)
     return peak_of([vae], functools.partial(decode, vae, latents, dtype))
 
 
@@ -290,7 +290,7 @@ def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Sta
     stages = []
     if args.with_prior_preservation:
         drawn = base if plan.lora else count_bytes(models["transformer"], torch.bfloat16)
-        stages.append(Stage("class pictures", drawn + vae, activations=decode_bytes(plan, args.sample_batch_size)))
+        stages.append(Stage("class pictures", drawn + vae, activations=decode_bytes(plan)))
     encoders = clip + count_bytes(models["text_encoder_2"], plan.dtype)
     stages.append(Stage("text encoders", encoders, activations=0.02 * encoders))
     whole, internal = activations(plan, known)
@@ -306,7 +306,7 @@ def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Sta
         resident += clip + (0.0 if plan.lora else 3.0 * clip)
     stages.append(Stage("training", base + resident, gradients, states, max(0.0, peak - gradients)))
     if args.validation_prompt:
-        decoded = float(decode_bytes(plan, 1))
+        decoded = float(decode_bytes(plan))
         stages.append(Stage("validation", base + vae, 0, states, decoded))
         final = base if plan.lora else count_bytes(models["transformer"], plan.dtype)
         stages.append(Stage("final pictures", final + vae + clip, activations=decoded))

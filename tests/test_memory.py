@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers import transformer_flux
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ def test_a_quantized_layer_is_as_exact_and_as_small_as_it_says(kind: str, error:
     x = torch.randn(64, 1024)
     exact, found = x @ layer.weight.T.float() + layer.bias.float(), quantized(x)
     assert 0 < (found - exact).norm() / exact.norm() < error
-    packed = [quantized.weight, *(quantized.buffers() if kind == "int8" else [quantized.scale.absmax])]
+    packed = [quantized.weight, *(quantized.buffers() if kind == "int8" else [quantized.state.absmax])]
     assert sum(part.nbytes for part in packed) / layer.weight.numel() <= per_weight
 
 
@@ -162,6 +163,33 @@ def test_swapped_blocks_are_fetched_ahead_in_the_direction_of_travel() -> None:
     swap.load(2)
     swap.load(1)
     assert 0 in swap.copies  # backwards
+    swap.load(0)
+    swap.load(1)
+    swap.load(2)
+    swap.load(0)
+    assert list(swap.copies) == [1]  # forwards again, as in sampling
+
+
+def test_swapped_blocks_wait_in_one_piece_of_host_memory() -> None:
+    """What is pinned is rounded up to a power of two: a GiB for many weights, not two of 90 MiB each."""
+    blocks: list[nn.Module] = [
+        nn.Linear(3, 5, dtype=dtype).requires_grad_(False) for dtype in (torch.half, torch.float)
+    ]
+    weights = [parameter.data.clone() for block in blocks for parameter in block.parameters()]
+    swap = lora.BlockSwap(blocks, CPU)
+    held = [weight for block in swap.host for _, _, weight in block]
+    assert all(torch.equal(one, other) for one, other in zip(held, weights, strict=True))
+    assert len({weight.untyped_storage().data_ptr() for weight in held}) == 1
+    assert held[0].untyped_storage().nbytes() == lora.GIB
+
+
+@pytest.mark.parametrize("backend", ["sage", "_sage_qk_int8_pv_fp16_cuda", "_flash_3"])
+def test_attention_without_a_backward_pass_is_refused(
+    script: ModuleType, base_flags: list[str], capsys: pytest.CaptureFixture[str], backend: str
+) -> None:
+    with pytest.raises(SystemExit):
+        script.parse_args([*base_flags, f"--attention_backend={backend}"])
+    assert f"invalid choice: '{backend}'" in capsys.readouterr().err
 
 
 def test_more_blocks_than_there_are_is_a_clear_error(run: Run) -> None:
@@ -415,6 +443,30 @@ def test_the_next_inputs_are_made_before_the_loss_is_read(
         "training_loss",
         "log_step",
     ]
+
+
+def test_queries_and_keys_keep_the_precision_of_a_norms_input(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA's autocast of torch 2.13, which makes an RMSNorm float32: flash attention would refuse that."""
+    monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: nn.functional.rms_norm(x.float(), x.shape[-1:]))
+    dispatch, seen = transformer_flux.dispatch_attention_fn, set()
+
+    def watch(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.add(tuple(tensor.dtype for tensor in tensors[:3]))
+        return dispatch(*tensors, **options)
+
+    monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", watch)
+    run(script, "--mixed_precision=bf16")
+    assert seen == {(torch.bfloat16,) * 3}
+
+
+def test_a_device_tells_the_memory_that_is_in_use_and_not_only_what_is_named(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {"active_bytes.all.peak": 3 * script.GIB, "allocated_bytes.all.peak": script.GIB}
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(memory_stats=lambda _: figures))
+    assert script.peak_memory(torch.device("cuda"))["peak_device_memory"] == 3
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
