@@ -1182,7 +1182,8 @@ def read_transformer(args: Namespace, accelerator: Accelerator, dtype: torch.dty
     reserve memory, which stays untouched on the CPU.
     """
     device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
-    given = is_sharded(accelerator) or accelerator.distributed_type == DistributedType.MULTI_GPU
+    replicated = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    given = is_sharded(accelerator) or replicated
     given = given and not args.fused_backward_pass  # which replaces DDP
     if accelerator.is_main_process or not given:
         return load_frozen_transformer(args, dtype, device)

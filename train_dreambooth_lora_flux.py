@@ -1209,7 +1209,8 @@ def read_transformer(args: Namespace, accelerator: Accelerator, dtype: torch.dty
     reserve memory, which stays untouched on the CPU.
     """
     device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
-    given = is_sharded(accelerator) or accelerator.distributed_type == DistributedType.MULTI_GPU
+    replicated = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    given = is_sharded(accelerator) or replicated
     given = given and args.base_quantization == "none" and not args.blocks_to_swap
     if accelerator.is_main_process or not given:
         return load_frozen_transformer(args, dtype, device)

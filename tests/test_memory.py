@@ -389,6 +389,28 @@ def test_compiled_blocks_train_as_uncompiled_ones(
         assert one.keys() == other.keys()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_graph_serves_all_blocks_of_a_kind(
+    script: ModuleType, base_flags: list[str], monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """With a graph each, FLUX.1 [dev]'s 57 blocks would run into dynamo's limit of 8 and go on uncompiled."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    args = script.parse_args([*base_flags, *["--gradient_checkpointing"] * checkpointing])
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=10, num_single_layers=10, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
+    )  # fmt: skip
+    script.set_up_blocks(args, transformer)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    script.compile_blocks(Accelerator(), transformer)
+    for _ in range(2):
+        inputs = (torch.randn(1, 4, 8, 8), torch.rand(1), torch.randn(1, 5, 16), torch.randn(1, 16), torch.ones(1))
+        script.predict_velocity(transformer.train(), *inputs).sum().backward()
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_a_compiler_that_fails_is_said_and_the_run_goes_on(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

@@ -132,6 +132,10 @@ def test_two_processes_log_what_one_logs(case: Case) -> None:
         assert values["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
+def test_only_one_process_reads_the_transformer(case: Case) -> None:
+    assert [record["reads"] for record in case.two_processes.records] == [1, 0]
+
+
 def test_both_processes_end_with_the_same_weights(case: Case) -> None:
     first, second = (record["weights"] for record in case.two_processes.records)
     assert first == second
