@@ -2289,7 +2289,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     peak = {"peak_host_memory": host / GIB}
     read = getattr(torch.get_device_module(device), "memory_stats", None)
     # Active, not allocated: what a stream still reads has been given back by name only.
-    return peak if read is None else peak | {"peak_device_memory": read(device)["active_bytes.all.peak"] / GIB}
+    return peak if read is None else peak | {"peak_device_memory": read(device).get("active_bytes.all.peak", 0) / GIB}
 
 
 def memory_advice(args: Namespace) -> str:
