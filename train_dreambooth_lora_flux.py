@@ -1892,10 +1892,17 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     partial.replace(path)
 
 
+def make_sampler(args: Namespace, transformer: nn.Module) -> FluxPipeline:
+    """The pipeline of an unwrapped transformer, which is used as it is, neither cast nor moved."""
+    sampler = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
+    sampler.set_progress_bar_config(disable=True)
+    return sampler
+
+
 @torch.no_grad()
 def draw_pictures(
     args: Namespace,
-    transformer: nn.Module,
+    sampler: FluxPipeline,
     vae: AutoencoderKL,
     prompts: list[PromptEmbeds],
     dtype: torch.dtype,
@@ -1904,11 +1911,9 @@ def draw_pictures(
 ) -> list[Image.Image]:
     """A picture of each prompt from the noise of its generator, at the training's resolution and text length.
 
-    The transformer is used as it is, neither cast nor moved. `dtype` is that of the prompts, `options` the pipeline's.
+    `dtype` is that of the prompts, `options` are the pipeline's.
     """
-    pipeline = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
-    pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(
+    latents = sampler(
         prompt_embeds=torch.stack([prompt.prompt_embeds for prompt in prompts]).to(vae.device, dtype),
         pooled_prompt_embeds=torch.stack([prompt.pooled_prompt_embeds for prompt in prompts]).to(vae.device, dtype),
         height=args.resolution,
@@ -1939,14 +1944,15 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
     dtype = PRECISIONS.get(args.prior_generation_precision, default)
     encoded = encode_prompts(args, accelerator, [args.class_prompt], dtype)  # frees the encoders: 10 GB of FLUX.1 [dev]
     if mine:
-        transformer, vae = load_frozen_transformer(args, dtype, accelerator.device), load_vae(args, accelerator)
+        sampler = make_sampler(args, load_frozen_transformer(args, dtype, accelerator.device))
+        vae = load_vae(args, accelerator)
         hidden = not accelerator.is_local_main_process or None  # None: where there is no terminal
         bar = tqdm(total=len(mine), desc="Generating class pictures", disable=hidden)
         for start in range(0, len(mine), args.sample_batch_size):
             part = mine[start : start + args.sample_batch_size]
             noise = [generator_for(seed, "class picture", number) for number in part]
             prompts = [encoded[args.class_prompt]] * len(part)
-            pictures = draw_pictures(args, transformer, vae, prompts, dtype, noise)
+            pictures = draw_pictures(args, sampler, vae, prompts, dtype, noise)
             for number, picture in zip(part, pictures, strict=True):
                 save_picture(picture, folder / f"class_{number:05d}.png")
             bar.update(len(part))
@@ -1984,11 +1990,10 @@ def sample_pictures(
         "num_inference_steps": args.validation_num_inference_steps,
     }
     dtype, was_training = torch.float32 if transformer.training else transformer.dtype, transformer.training
-    transformer.eval()
-    pictures = {}
+    sampler, pictures = make_sampler(args, transformer.eval()), {}
     for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
         prompt, noise = embeds[number % count // images], generator_for(seed, "validation", number % images)
-        [picture] = draw_pictures(args, transformer, vae, [prompt], dtype, [noise], **options)
+        [picture] = draw_pictures(args, sampler, vae, [prompt], dtype, [noise], **options)
         if number < count:
             pictures[number] = picture
     transformer.train(was_training)
@@ -2992,11 +2997,9 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
             accelerator.register_for_checkpointing(trained.ema)
     if checkpoint is not None:
         if fits:
-            place = (
-                {} if is_sharded(accelerator) else {"map_location": "cpu"}
-            )  # a state on the device would be copied there
-            # load_module_strict is DeepSpeed's word: the frozen are left out.
-            accelerator.load_state(str(checkpoint), load_module_strict=False, **place)
+            # DeepSpeed's word, for the frozen are left out; the others load by way of the host, as some copy the state.
+            options = {"load_module_strict": False} if is_sharded(accelerator) else {"map_location": "cpu"}
+            accelerator.load_state(str(checkpoint), **options)
         else:
             load_schedule(trained, checkpoint)
         if trained.ema is not None:  # which came back on the CPU, with the decay that it had
