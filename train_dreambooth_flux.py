@@ -61,6 +61,7 @@ import signal
 import sys
 import textwrap
 import time
+import unicodedata
 import weakref
 import zlib
 from argparse import Namespace
@@ -109,7 +110,10 @@ from transformers.optimization import Adafactor
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".avif"}
+PICTURE_SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".tga",
+}  # fmt: skip
+TEXT_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".csv", ".md"}  # nobody misses them among the pictures
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # as the package datasets has them, with a column file_name
 ASPECT_RATIOS = (1, 7 / 6, 4 / 3, 3 / 2, 7 / 4, 2, 5 / 2, 3)  # of automatic buckets, with their inverses
 PIXELS_PER_TOKEN = 16  # the VAE shrinks by 8, packing by 2: a side must be a multiple of this
@@ -377,6 +381,19 @@ def data_contradictions(args: Namespace) -> Iterator[str]:
         yield f"--aspect_ratio_buckets is {buckets!r}; give {wanted}"
 
 
+def name_problems(args: Namespace) -> Iterator[str]:
+    """Folders and prompts that cannot be what was meant."""
+    if not args.output_dir.strip():
+        yield "--output_dir is empty; give a folder"
+    folders = {name: os.path.realpath(path) for name, path in vars(args).items() if name.endswith("_dir") and path}
+    for name, other in (("output_dir", "instance_data_dir"), ("class_data_dir", "instance_data_dir")):
+        if name in folders and folders[name] == folders.get(other):
+            yield f"--{name} and --{other} are the same folder, {getattr(args, name)!r}; give each one of its own"
+    for prompt in filter(None, (args.instance_prompt, args.class_prompt, *validation_prompts(args))):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds what it could not decode
+            yield f"the prompt {prompt!r} is not in UTF-8; write it in that"
+
+
 def contradictions(args: Namespace) -> Iterator[str]:
     """Flags that do not go together, and flags that miss another."""
     if args.validation_steps and not (validation_prompts(args) or args.validation_loss):
@@ -427,8 +444,8 @@ def validate_args(args: Namespace) -> None:
     Raises:
         UsageError: with every problem found, a line each.
     """
-    problems = [*range_problems(args), *data_contradictions(args), *contradictions(args), *method_problems(args)]
-    problems += missing_packages(args)
+    problems = [*range_problems(args), *name_problems(args), *data_contradictions(args), *contradictions(args)]
+    problems += [*method_problems(args), *missing_packages(args)]
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--mixed_precision=fp16 needs a GPU; give bf16 or no")
     if problems:
@@ -525,17 +542,44 @@ def shorten(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def open_folder(flag: str, folder: str) -> list[Path]:
+    """The picture files in `folder`.
+
+    Raises:
+        UsageError: if `folder`, the value of `flag`, cannot be read.
+    """
+    try:
+        return list_picture_files(Path(folder))
+    except OSError as error:
+        told = f"{flag} is {folder!r}, which is not a folder that can be read ({error.strerror})"
+        raise UsageError(f"{told}; give the folder with the pictures") from error
+
+
+def passed_over(folder: Path) -> list[str]:
+    """What somebody may miss in a folder of pictures: other kinds of files, folders, links to nothing."""
+    used = {path.name for path in list_picture_files(folder)}
+    others = (path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in used)
+    return sorted(path.name for path in others if path.suffix.lower() not in TEXT_SUFFIXES)
+
+
 def unused_captions(args: Namespace) -> list[str]:
     """Files in `--instance_data_dir` that look like captions of its pictures, when no flag asks for captions."""
     folder = Path(args.instance_data_dir or "")
-    if args.caption_column or args.caption_extension or not (args.instance_data_dir and folder.is_dir()):
+    if args.caption_column or args.caption_extension or not args.instance_data_dir:
         return []
-    names = [*METADATA_FILES, *(path.with_suffix(".txt").name for path in list_picture_files(folder))]
-    return [name for name in names if (folder / name).is_file()]
+    with contextlib.suppress(OSError):  # `list_pictures` will tell
+        names = [*METADATA_FILES, *(path.with_suffix(".txt").name for path in list_picture_files(folder))]
+        return [name for name in names if (folder / name).is_file()]
+    return []
+
+
+def same_name(name: str) -> str:
+    """A file's name as metadata is compared with it: `./a.png` is `a.png`, and macOS writes accents apart."""
+    return unicodedata.normalize("NFC", os.path.normpath(name))
 
 
 def read_captions(files: list[Path], extension: str | None, column: str | None) -> dict[str, str]:
-    """The captions of picture files of a folder, by the file's name: see `pictures_in_folder`.
+    """The captions of picture files of a folder, by `same_name` of the file: see `pictures_in_folder`.
 
     Raises:
         UsageError: naming the file that is not there or cannot be read.
@@ -546,19 +590,24 @@ def read_captions(files: list[Path], extension: str | None, column: str | None) 
         if extension:
             for file in files:
                 source = file.with_suffix(extension)
-                captions[file.name] = source.read_text(encoding="utf-8-sig") if source.is_file() else None
-        if column:
+                text = source.read_text(encoding="utf-8-sig") if source.is_file() else None
+                captions[same_name(file.name)] = text
+        if column and any((source / name).is_file() for name in METADATA_FILES):
             jsonl = (source / METADATA_FILES[0]).is_file()
             source /= METADATA_FILES[not jsonl]
             with source.open(encoding="utf-8-sig", newline="") as table:
                 rows = [json.loads(line) for line in table if line.strip()] if jsonl else list(csv.DictReader(table))
-            captions = {row["file_name"]: row.get(column) for row in rows}
+            captions = {same_name(row["file_name"]): row.get(column) for row in rows}
             if not any(column in row for row in rows):
                 raise KeyError(column)
+            if cut := [str(row["file_name"]) for row in rows if None in row]:
+                raise ValueError(f"more cells than columns, so quote captions with commas, at {shorten(cut)}")
+            if lost := sorted(captions.keys() - {same_name(file.name) for file in files}):
+                logger.warning(f"{source} has captions of what is no picture in its folder: {shorten(lost)}")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         wanted = f"--caption_column={column} needs metadata.jsonl or metadata.csv with file_name and {column}"
-        wanted = wanted if column else f"--caption_extension={extension} needs text in UTF-8"
-        raise UsageError(f"{wanted}; {source}: {error!r}") from error
+        wanted = wanted if column else f"--caption_extension={extension} needs text"
+        raise UsageError(f"{wanted}, in UTF-8; {source}: {type(error).__name__}: {error}") from error
     return {name: caption.strip() for name, caption in captions.items() if isinstance(caption, str)}
 
 
@@ -573,19 +622,17 @@ def pictures_in_folder(
     Raises:
         UsageError: if `folder`, the value of `flag`, is missing or has no pictures, or some have no prompt at all.
     """
-    if not Path(folder).is_dir():
-        raise UsageError(f"{flag} is {folder!r}, which is not a folder; give the folder with the pictures")
-    files = list_picture_files(Path(folder))
+    files = open_folder(flag, folder)
     if not files:
         raise UsageError(f"{flag} is {folder!r}, which has no picture files ({', '.join(sorted(PICTURE_SUFFIXES))})")
     captions = read_captions(files, extension, column)
-    missing = [path.name for path in files if not captions.get(path.name)]
+    missing = [path.name for path in files if not captions.get(same_name(path.name))]
     if missing and not prompt:
-        told = f"{flag} is {folder!r}, where pictures have no caption"
-        raise UsageError(f"{told}; write them, or give --instance_prompt for these: {', '.join(missing)}")
+        told = f"{flag} is {folder!r}, where pictures have no caption in {extension or ' or '.join(METADATA_FILES)}"
+        raise UsageError(f"{told}; write them, or give --instance_prompt for these: {shorten(missing)}")
     if missing and (extension or column):
         logger.warning(f"In {folder} {len(missing)} pictures take --instance_prompt for a caption: {shorten(missing)}")
-    prompts = {path: captions.get(path.name) or prompt for path in files}
+    prompts = {path: captions.get(same_name(path.name)) or prompt for path in files}
     return [
         Picture(f"{path.parent.name}/{path.name}", functools.partial(Image.open, path), prompt)
         for path, prompt in prompts.items()
@@ -619,15 +666,23 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
             raise UsageError(f"{flag} is {column!r}; the dataset has the columns {', '.join(dataset.column_names)}")
     if not isinstance(dataset.features[args.image_column], ImageFeature):
         raise UsageError(f"--image_column is {args.image_column!r}, which does not hold pictures")
-    captions = dataset[args.caption_column] if args.caption_column else [args.instance_prompt] * len(dataset)
-    wrong = [str(row) for row, caption in enumerate(captions) if not (isinstance(caption, str) and caption.strip())]
-    if wrong:
-        raise UsageError(f"--caption_column is {args.caption_column!r}, which has no text in row {', '.join(wrong)}")
+    captions = list(dataset[args.caption_column]) if args.caption_column else [None] * len(dataset)
+    wrong = [str(row) for row, caption in enumerate(captions) if not isinstance(caption, str | None)]
+    missing = [str(row) for row, caption in enumerate(captions) if not (caption or "").strip()] if not wrong else []
+    if wrong or (missing and not args.instance_prompt):
+        told = f"--caption_column is {args.caption_column!r}, which has no text in row {shorten(wrong or missing)}"
+        raise UsageError(told if wrong else f"{told}; write it, or give --instance_prompt for these")
+    if missing and args.caption_column:
+        logger.warning(f"{len(missing)} pictures take --instance_prompt for a caption: rows {shorten(missing)}")
     if len(dataset) == 0:
         raise UsageError(f"--dataset_name is {args.dataset_name!r}, whose train split is empty")
     images = dataset.select_columns(args.image_column)
     return [
-        Picture(f"row {row}", functools.partial(open_row, images, row, args.image_column), caption)
+        Picture(
+            f"row {row}",
+            functools.partial(open_row, images, row, args.image_column),
+            caption if caption and caption.strip() else args.instance_prompt,
+        )
         for row, caption in enumerate(captions)
     ]
 
@@ -637,7 +692,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values, hidden = np.asarray(image).astype(np.float32), image.info.get("transparency")
-        white = 1.0 if values.max() <= 1 and image.mode == "F" else 255.0 if values.max() <= 255 else 65535.0
+        small = not image.mode.startswith("I;16") and values.max() <= 255
+        white = 1.0 if values.max() <= 1 and image.mode == "F" else 255.0 if small else 65535.0
         image = Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
         if hidden is not None:  # the level that stands for transparency
             image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
@@ -665,7 +721,7 @@ def check_pictures(pictures: list[Picture]) -> list[Picture]:
             with picture.open() as stored:
                 image = to_rgb(stored)
             checked.append(replace(picture, size=image.size, look=difference_hash(image)))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise what they like; all of it means that it cannot be read
             broken.append(f"{picture.name}: {error}")
     if broken:
         raise UsageError("pictures that cannot be read; replace or remove them:\n  " + "\n  ".join(broken))
@@ -2666,40 +2722,46 @@ def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
     }
     if args.validation_data_dir:
         pictures["validation"] = pictures_in_folder("--validation_data_dir", args.validation_data_dir, *captions)
-    folder = Path(args.class_data_dir or "")
-    if args.with_prior_preservation and folder.exists() and not folder.is_dir():
-        raise UsageError(f"--class_data_dir is {args.class_data_dir!r}, which is not a folder")
-    if args.with_prior_preservation and folder.is_dir() and list_picture_files(folder):
-        pictures["class"] = pictures_in_folder("--class_data_dir", args.class_data_dir, args.class_prompt)
+    class_flag, folder = "--class_data_dir", args.class_data_dir
+    if args.with_prior_preservation and os.path.lexists(folder) and open_folder(class_flag, folder):
+        pictures["class"] = pictures_in_folder(class_flag, folder, args.class_prompt)
     checked = iter(check_pictures([picture for part in pictures.values() for picture in part]))
     pictures = {half: [next(checked) for _ in part] for half, part in pictures.items()}
+    for name in ("instance_data_dir", "validation_data_dir"):
+        if getattr(args, name) and (others := passed_over(Path(getattr(args, name)))):
+            logger.warning(f"--{name} has what is not a picture by its name, so it is passed over: {shorten(others)}")
     for half, part in pictures.items():
         if half != "class" or not args.aspect_ratio_buckets:  # else each takes its instance picture's
             report_pictures(half, part, training_sizes(args))
     return pictures
 
 
-def make_output_folder(args: Namespace) -> str:
-    """Make `--output_dir`, and with `--push_to_hub` the repository; returns the repository's name.
+def make_folders(args: Namespace, pictures: dict[str, list[Picture]]) -> str:
+    """Make what will be written to: `--output_dir`, the folder of missing class pictures, and with `--push_to_hub` the
+    repository; returns its name.
 
     Raises:
-        UsageError: if either is refused; a folder made for nothing is removed.
+        UsageError: if one is refused; a folder made for nothing is removed.
     """
-    output = Path(args.output_dir)
-    made = [path for path in (output, *output.parents) if not path.exists()]
+    wanted, made = {"--output_dir": Path(args.output_dir)}, list[Path]()
+    if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
+        wanted["--class_data_dir"] = Path(args.class_data_dir)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".probe{PARTIAL}"
-        probe.touch()
-        probe.unlink()
-        return create_repository(args) if args.push_to_hub else output.resolve().name
-    except (OSError, UsageError) as error:
-        for path in made:  # the deepest first
+        for flag, folder in wanted.items():
+            made += [path for path in (*folder.parents[::-1], folder) if not os.path.lexists(path)]
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".probe{PARTIAL}"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise UsageError(f"{flag} is {str(folder)!r}, which cannot be written: {error}") from error
+        return create_repository(args) if args.push_to_hub else Path(args.output_dir).resolve().name
+    except UsageError:
+        for path in reversed(made):
             with contextlib.suppress(OSError):
                 path.rmdir()
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"--output_dir is {args.output_dir!r}, which cannot be written: {error}") from error
+        raise
 
 
 def begin(args: Namespace, accelerator: Accelerator) -> tuple[dict[str, list[Picture]], Any, str]:
@@ -2719,7 +2781,7 @@ def begin(args: Namespace, accelerator: Accelerator) -> tuple[dict[str, list[Pic
             resumed = find_checkpoint(args)
             if resumed is not None:
                 check_fits(args, *resumed)
-            found = [make_output_folder(args), resumed]
+            found = [make_folders(args, pictures), resumed]
     repo_id, resumed = accelerate.utils.broadcast_object_list(found)
     check_machines(args, accelerator, resumed, pictures)
     return pictures, resumed, repo_id

@@ -221,7 +221,25 @@ TABLE: dict[str, tuple[Build, list[str]]] = {
     "no source of pictures": (given("--instance_data_dir="), ["--instance_data_dir", "--dataset_name"]),
     "two sources of pictures": (given("--dataset_name=dogs"), ["--instance_data_dir", "--dataset_name", "both"]),
     "no prompts": (given("--instance_prompt="), ["--instance_prompt", "--caption_column", "--caption_extension"]),
-    "a caption column of no table": (given("--caption_column=text"), ["--caption_column=text", "metadata.jsonl"]),
+    "a caption column of no table": (
+        given("--caption_column=text", "--instance_prompt="),
+        ["metadata.jsonl", "metadata.csv", "--instance_prompt"],
+    ),
+    "a prompt in Latin-1": (given("--instance_prompt=caf\udce9"), ["prompt", "UTF-8", "caf"]),
+    "an output folder of no name": (given("--output_dir="), ["--output_dir", "empty"]),
+    "output among the pictures": (
+        given("--instance_data_dir=dogs", "--output_dir=./dogs"),
+        ["--output_dir", "--instance_data_dir", "same folder"],
+    ),
+    "class pictures among those of the subject": (
+        given("--instance_data_dir=dogs", "--class_data_dir=dogs/../dogs", *PRIOR),
+        ["--class_data_dir", "--instance_data_dir", "same folder"],
+    ),
+    "a class folder that the system refuses": (
+        given("--class_data_dir=/proc/class", *PRIOR),
+        ["--class_data_dir", "'/proc/class'", "cannot be written"],
+    ),
+    "a folder of an impossible name": (given(f"--instance_data_dir={'n' * 300}"), ["--instance_data_dir", "nnnn"]),
     "prior preservation without a folder": (given(*PRIOR), ["--with_prior_preservation", "--class_data_dir"]),
     "prior preservation without a prompt": (
         given("--with_prior_preservation", "--class_data_dir=class"),
@@ -338,8 +356,10 @@ TABLE: dict[str, tuple[Build, list[str]]] = {
         ["--image_column", "'text'"],
     ),
     "captions that miss": (
-        lambda place: place.dataset([{"text": "a dog"}, {"text": ""}, {"text": "  "}], "--caption_column=text"),
-        ["--caption_column", "row 1, 2"],
+        lambda place: place.dataset(
+            [{"text": "a dog"}, {"text": ""}, {"text": "  "}], "--caption_column=text", "--instance_prompt="
+        ),
+        ["--caption_column", "row 1, 2", "--instance_prompt"],
     ),
     # the output folder and its checkpoints
     "an output folder that is a file": (a_file("result", "--output_dir=result"), ["--output_dir", "'result'"]),

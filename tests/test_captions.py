@@ -63,7 +63,8 @@ def test_each_picture_has_its_caption_and_the_others_the_instance_prompt(
         found = script.list_pictures(args)["instance"]
     assert [picture.prompt for picture in found] == [caption or "a sks dog" for caption in WANTED]
     assert [picture.name for picture in found] == [f"dogs/dog_{number:02d}.png" for number in range(5)]
-    (warning,) = caplog.messages
+    *others, warning = caplog.messages
+    assert ["missing.png" in other for other in others] == [True] * (write is write_jsonl)
     assert "2 pictures" in warning and "dog_02.png, dog_04.png" in warning
 
 
@@ -94,7 +95,7 @@ def test_captions_in_use_are_not_noted(script: ModuleType, folder: Path) -> None
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({}, ["--caption_column=words", "metadata.jsonl", "metadata.csv"]),
+        ({"metadata.csv": b"file_name,words\ndog_00.png,a dog, on a sofa"}, ["metadata.csv", "dog_00.png", "quote"]),
         ({"metadata.jsonl": b'{"file_name": "dog_00.png", "text": "a"}'}, ["words", "KeyError"]),
         ({"metadata.csv": b"file_name,text\ndog_00.png,a"}, ["words", "KeyError"]),
         ({"metadata.jsonl": b'{"words": "a dog"}'}, ["metadata.jsonl", "file_name"]),
@@ -103,7 +104,16 @@ def test_captions_in_use_are_not_noted(script: ModuleType, folder: Path) -> None
         ({"metadata.csv": b"file_name,words\ndog_00.png,\xff"}, ["metadata.csv", "UnicodeDecodeError"]),
         ({"dog_00.txt": b"\xff\xfe"}, ["--caption_extension=.txt", "dog_00.txt", "UTF-8"]),
     ],
-    ids=["none", "no column", "no column in csv", "no file_name", "cut", "no rows", "csv in Latin-1", "text in UTF-16"],
+    ids=[
+        "a comma without quotes",
+        "no column",
+        "no column in csv",
+        "no file_name",
+        "cut",
+        "no rows",
+        "csv in Latin-1",
+        "text in UTF-16",
+    ],
 )
 def test_captions_that_cannot_be_read_are_told_by_flag_and_file(
     script: ModuleType, folder: Path, content: dict[str, bytes], words: list[str]
@@ -114,6 +124,36 @@ def test_captions_that_cannot_be_read_are_told_by_flag_and_file(
     with pytest.raises(script.UsageError) as error:
         script.list_pictures(parse(script, folder, flag, "--instance_prompt=a sks dog"))
     assert [word for word in words if word not in str(error.value)] == []
+    assert len(str(error.value)) < 1000  # not the whole file
+
+
+def test_a_caption_column_without_a_table_leaves_the_instance_prompt(
+    script: ModuleType, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = script.list_pictures(parse(script, folder, "--caption_column=text", "--instance_prompt=a sks dog"))
+    assert {picture.prompt for picture in found["instance"]} == {"a sks dog"}
+    assert "5 pictures take --instance_prompt" in caplog.text
+
+
+def test_names_in_metadata_may_be_written_in_other_ways(script: ModuleType, folder: Path) -> None:
+    (folder / "dog_01.png").rename(folder / "caf\u00e9.png")
+    rows = [{"file_name": "./dog_00.png", "words": "zero"}, {"file_name": "cafe\u0301.png", "words": "one"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    args = parse(script, folder, "--caption_column=words", "--instance_prompt=a sks dog")
+    prompts = {picture.name: picture.prompt for picture in script.list_pictures(args)["instance"]}
+    assert (prompts["dogs/dog_00.png"], prompts["dogs/caf\u00e9.png"]) == ("zero", "one")
+
+
+def test_what_is_passed_over_in_a_folder_is_named(
+    script: ModuleType, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("phone.heic", "unnamed", "notes.txt", ".DS_Store"):
+        (folder / name).write_bytes(b"")
+    (folder / "more").mkdir()
+    (folder / "gone.png").symlink_to("nowhere.png")
+    assert len(script.list_pictures(parse(script, folder, "--instance_prompt=a sks dog"))["instance"]) == 5
+    assert "passed over: gone.png, more, phone.heic, unnamed" in caplog.text
+    assert "notes.txt" not in caplog.text and ".DS_Store" not in caplog.text
 
 
 def test_held_out_pictures_have_captions_too(script: ModuleType, folder: Path, pictures: Path) -> None:

@@ -649,7 +649,10 @@ def test_columns_of_other_names_are_read(script: ModuleType, tmp_path: Path, pho
         (["--image_column=picture"], ["--image_column", "'picture'", "photo, words"]),
         (["--image_column=photo", "--caption_column=text"], ["--caption_column", "'text'", "photo, words"]),
         (["--image_column=words"], ["--image_column", "'words'", "pictures"]),
-        (["--image_column=photo", "--caption_column=words"], ["--caption_column", "'words'", "row 1, 2, 3"]),
+        (
+            ["--image_column=photo", "--caption_column=words", "--instance_prompt="],
+            ["--caption_column", "'words'", "row 1, 2, 3", "--instance_prompt"],
+        ),
     ],
     ids=["no such image column", "no such caption column", "no pictures", "rows without a caption"],
 )
@@ -660,6 +663,16 @@ def test_columns_that_do_not_fit_are_told_by_flag_value_and_what_there_is(
     with pytest.raises(script.UsageError) as error:
         script.pictures_in_dataset(flags(script, f"--dataset_name={table}", *columns))
     assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_rows_without_a_caption_take_the_instance_prompt(
+    script: ModuleType, tmp_path: Path, photos: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    table = write_table(tmp_path / "table", photos, ["a dog", None, "", "  "])
+    columns = ("--image_column=photo", "--caption_column=words")
+    found = script.pictures_in_dataset(flags(script, f"--dataset_name={table}", *columns))
+    assert [picture.prompt for picture in found] == ["a dog", *["a photo of sks dog"] * 3]
+    assert "3 pictures take --instance_prompt for a caption: rows 1, 2, 3" in caplog.text
 
 
 def test_captions_that_are_numbers_are_refused(script: ModuleType, tmp_path: Path, photos: list[str]) -> None:

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import logging
 import math
+import struct
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,7 @@ def plain_pictures() -> dict[str, tuple[Image.Image, str, NDArray[np.float64]]]:
         "1 bit": (Image.fromarray(bits), "png", grey(bits.astype(np.uint8) * 255).astype(float)),
         "CMYK": (Image.fromarray(cmyk, "CMYK"), "tiff", 255 * (1 - ink[..., :3]) * (1 - ink[..., 3:])),
         "16-bit grey": (Image.fromarray(sixteen), "png", ramp),
+        "16-bit grey, never above 255": (Image.fromarray(RAMP.astype(np.uint16)), "png", grey(RAMP) / 257),
         "16-bit grey, never bright": (Image.fromarray(dark), "png", grey(RAMP) * (100 / 257)),
         "16-bit grey, TIFF": (Image.fromarray(sixteen), "tiff", ramp),
         "16-bit grey, big end first": (Image.fromarray(sixteen.astype(">u2")), "tiff", ramp),
@@ -448,3 +450,11 @@ def test_drawing_leaves_the_global_generator_alone(script: ModuleType) -> None:
 def test_a_key_means_the_same_in_every_process(script: ModuleType) -> None:
     # Computed once. A checkpoint is continued by other processes: what they draw must not hang on hash(), say.
     assert script.generator_for(0, "order", 1).initial_seed() == 125578804223736978
+
+
+def test_whatever_a_decoder_raises_names_the_picture(script: ModuleType) -> None:
+    def fail() -> Image.Image:
+        raise struct.error("required argument is not an integer")
+
+    with pytest.raises(script.UsageError, match=r"odd\.avif: required argument"):
+        script.check_pictures([script.Picture("odd.avif", fail, "a dog")])
