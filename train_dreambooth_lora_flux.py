@@ -44,6 +44,7 @@ Where to edit what:
 import argparse
 import contextlib
 import csv
+import fcntl
 import functools
 import gc
 import hashlib
@@ -133,6 +134,8 @@ SCHEDULES = [kind.value for kind in SchedulerType]
 WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+ON_REQUEST = ["image_*.png", KOHYA_FILE]
+RESULTS = ["README.md", SHEET_FILE, CURVE_FILE, LORA_FILE, *ON_REQUEST]  # all that is pushed
 KOHYA_LAYERS = {  # kohya's layers, and those here that each of them fuses, in order
     "transformer_blocks": {
         "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"], "img_attn_proj": ["attn.to_out.0"],
@@ -411,8 +414,9 @@ def name_problems(args: Namespace) -> Iterator[str]:
     """Folders and prompts that cannot be what was meant."""
     if not args.output_dir.strip():
         yield "--output_dir is empty; give a folder"
-    folders = {name: os.path.realpath(path) for name, path in vars(args).items() if name.endswith("_dir") and path}
-    for name, other in (("output_dir", "instance_data_dir"), ("class_data_dir", "instance_data_dir")):
+    ends, base, photos = ("_dir", "_path"), "pretrained_model_name_or_path", "instance_data_dir"
+    folders = {name: os.path.realpath(path) for name, path in vars(args).items() if name.endswith(ends) and path}
+    for name, other in (("output_dir", photos), ("class_data_dir", photos), ("output_dir", base)):
         if name in folders and folders[name] == folders.get(other):
             yield f"--{name} and --{other} are the same folder, {getattr(args, name)!r}; give each one of its own"
     for prompt in filter(None, (args.instance_prompt, args.class_prompt, *validation_prompts(args))):
@@ -1537,6 +1541,11 @@ def parameter_groups(args: Namespace, transformer: nn.Module, text_encoder: nn.M
     return groups
 
 
+OPTIONS = (  # of an optimizer's groups: what the flags say, and not what was learned
+    "initial_lr", "weight_decay", "betas", "eps", "beta3", "decouple", "use_bias_correction", "safeguard_warmup",
+)  # fmt: skip
+
+
 def library_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer` over `groups`. To add another one, add it here and in `contradictions`."""
     common = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
@@ -1561,6 +1570,15 @@ def library_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, **common, fused=device in ("cpu", "cuda", "mps", "xpu"))
 
 
+@contextlib.contextmanager
+def keep_options(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, an optimizer takes the state of a checkpoint; its settings stay those of the flags."""
+    own = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
+    yield
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
+
+
 def make_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule, which moves once an optimizer step, however many processes there are."""
     return get_scheduler(
@@ -1580,7 +1598,8 @@ class RunState:
 
     step: int  # optimizer steps done
     seed: int
-    untrained_loss: float | None = None  # the validation loss before the first step
+    untrained_loss: float | None = None  # the validation loss before the first step, of the same pictures
+    owes_validation: bool = False  # whether a stop came before a validation that was due
     losses: list[float] = field(default_factory=list)  # of each step, for the model card
     seconds: float = 0.0  # that the steps took
 
@@ -1654,13 +1673,16 @@ class Run:
 
 STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
 RESULT_FILE = "training_result.json"  # written last of all: without it a run is not finished
+HELD: list[int] = []  # the folder that this process writes to, open and locked
+LOCK_SECONDS = 60
 PARTIAL, OLD = ".flux-partial", ".flux-old"  # ends of names that are being written, or replaced
 FREE_TO_CHANGE = {  # flags that may differ between a run and its resumption without changing the training
     "output_dir", "logging_dir", "report_to", "resume_from_checkpoint", "checkpointing_steps",
     "checkpoints_total_limit", "max_train_steps", "num_train_epochs", "num_validation_images", "validation_epochs",
     "validation_steps", "validation_guidance_scale", "validation_num_inference_steps", "skip_final_inference",
     "validation_prompt", "validation_loss", "validation_data_dir", "push_to_hub", "hub_model_id", "cache_dir",
-    "local_rank", "seed", "dataloader_num_workers", "upcast_before_saving", "sample_batch_size",
+    "local_rank", "seed", "dataloader_num_workers", "upcast_before_saving", "sample_batch_size", "save_kohya_format",
+    "save_single_file", "instance_data_dir", "class_data_dir", "validation pictures",
 }  # fmt: skip
 
 
@@ -1701,6 +1723,50 @@ def replace_path(new: Path, final: Path) -> None:
     new.replace(final)
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other runs out of `folder` as long as this process lives; one that is ending is waited for.
+
+    Raises:
+        UsageError: if another run still writes there.
+    """
+    while HELD:
+        os.close(HELD.pop())
+    HELD.append(os.open(folder, os.O_RDONLY))
+    for second in range(LOCK_SECONDS):
+        try:
+            return fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if second == 0:
+                logger.warning(f"Another run writes to {folder}: waiting up to {LOCK_SECONDS} s for its end")
+            time.sleep(1)
+        except OSError:  # a disk that has no locks
+            return None
+    raise UsageError(
+        f"--output_dir is {str(folder)!r}, to which another run writes; wait for it, or give another folder"
+    )
+
+
+def set_aside(args: Namespace, step: int, facts: dict[str, Any] | None) -> None:
+    """Move what an earlier run left in `--output_dir` and could be taken for this one's into a folder of its own.
+
+    All of it where a run starts anew; where one goes on at `step`, later checkpoints, what it would write on request
+    only, and validation pictures of other prompts than those in `facts`, which the checkpoint says of itself.
+    """
+    output, patterns = Path(args.output_dir), [*(ON_REQUEST if facts else RESULTS)]
+    before = facts["args"] if facts else {"validation_prompt": None}
+    if any(before.get(name) != getattr(args, name) for name in ("validation_prompt", "num_validation_images")):
+        patterns.append("validation/")
+    left = [path for number, path in list_checkpoints(output).items() if number > step]
+    left += [path for pattern in patterns for path in output.glob(pattern)]
+    if left:
+        free = (output / f"earlier-{number}" for number in itertools.count(1))
+        folder = next(path for path in free if not path.exists())
+        folder.mkdir()
+        for path in left:
+            path.rename(folder / path.name)
+        logger.warning(f"Moved what an earlier run left to {folder}: {shorten([path.name for path in left])}")
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -1811,28 +1877,48 @@ def writing(args: Namespace, what: str, partial: Path, needed: int) -> Iterator[
         RunError: with the bytes that it takes and how to go on.
     """
     try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # each writer has its own kind of error for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(args.output_dir).free
+        free, kept = shutil.disk_usage(args.output_dir).free, list_checkpoints(args.output_dir).values()
+        there = ", ".join(path.name for path in kept) or "no checkpoint yet"
         raise RunError(
             f"{what} was not written ({error}): it needs about {needed:,} bytes, and {args.output_dir} has {free:,}. "
-            "Earlier checkpoints are whole: make room, then go on with --resume_from_checkpoint=latest"
+            f"There is {there}: make room, then go on with --resume_from_checkpoint=latest"
         ) from error
 
 
-def finished_steps(args: Namespace) -> int:
-    """The steps of the finished run in `--output_dir`, or 0: a result without its mark may be of another run."""
-    path = Path(args.output_dir) / RESULT_FILE
-    return json.loads(path.read_text())["steps"] if path.is_file() else 0
+@contextlib.contextmanager
+def by_product(what: str) -> Iterator[None]:
+    """Around what the training can do without: if it cannot be written, a warning says so and the run goes on."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        logger.warning(f"{what} could not be written: {error}")
 
 
-def mark_finished(args: Namespace, state: RunState) -> None:
+def finished_settings(args: Namespace) -> dict[str, Any]:
+    """What a finished run was asked for: the flags, but for those that say where."""
+    where = ("output_dir", "logging_dir", "cache_dir", "resume_from_checkpoint", "local_rank")
+    return {name: value for name, value in settings(args).items() if name not in where}
+
+
+def is_finished(args: Namespace) -> bool:
+    """Whether the run that `latest` would go on with is done, all that the flags ask for included."""
+    try:
+        before = json.loads((Path(args.output_dir) / RESULT_FILE).read_text())
+    except (OSError, ValueError):  # a result without its mark may be of another run
+        return False
+    return args.resume_from_checkpoint == "latest" and before == finished_settings(args)
+
+
+def mark_finished(args: Namespace) -> None:
     """Write the last file of a run."""
     partial = Path(args.output_dir) / f".{RESULT_FILE}{PARTIAL}"
-    partial.write_text(json.dumps({"steps": state.step}) + "\n")
+    partial.write_text(json.dumps(finished_settings(args), indent=2) + "\n")
     replace_path(partial, Path(args.output_dir) / RESULT_FILE)
 
 
@@ -1929,10 +2015,13 @@ def register_state_hooks(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load_hook)
 
 
-def load_schedule(trained: Trained, checkpoint: Path) -> None:
-    """Go on with the schedule of a checkpoint whose optimizer does not fit this run."""
-    trained.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.bin"))
-    for group, lr in zip(trained.optimizer.param_groups, trained.lr_scheduler.get_last_lr(), strict=True):
+def follow_flags(trained: Trained) -> None:
+    """Let the learning rates follow the flags from where the schedule stands: a checkpoint brings its own run's."""
+    schedule, groups = trained.lr_scheduler.scheduler, trained.optimizer.param_groups
+    schedule.base_lrs = [group["initial_lr"] for group in groups]
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, lr in zip(groups, schedule._last_lr, strict=True):
         group["lr"] = lr
 
 
@@ -2080,7 +2169,8 @@ def embed_prompt(accelerator: Accelerator, text_encoder: nn.Module | None, embed
 
 def draw_contact_sheet(args: Namespace, folder: Path, step: int) -> Image.Image:
     """The pictures in `folder` up to `step` on one sheet: steps down, prompts across; long runs thinned evenly."""
-    cells = {tuple(map(int, path.stem.split("_")[1:])): path for path in folder.glob("step_*_*.png")}
+    found = ((re.fullmatch(r"step_(\d+)_(\d+)\.png", path.name), path) for path in folder.glob("step_*.png"))
+    cells = {(int(match[1]), int(match[2])): path for match, path in found if match}
     steps = sorted({at for at, _ in cells if at <= step})
     rows = sorted({steps[round(row * (len(steps) - 1) / (SHEET_ROWS - 1))] for row in range(SHEET_ROWS)})
     prompts, font, label, header = validation_prompts(args), ImageFont.load_default(16), 64, 48
@@ -2113,11 +2203,12 @@ def draw_validation_pictures(run: Run) -> None:
         vae.to("cpu")
     if accelerator.is_main_process:
         folder = Path(args.output_dir) / "validation"
-        folder.mkdir(exist_ok=True)
-        remove_leftovers(folder)
-        for number, picture in enumerate(pictures):
-            save_picture(picture, folder / f"step_{state.step:06d}_{number}.png")
-        save_picture(draw_contact_sheet(args, folder, state.step), Path(args.output_dir) / SHEET_FILE)
+        with by_product("The validation pictures"):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+            for number, picture in enumerate(pictures):
+                save_picture(picture, folder / f"step_{state.step:06d}_{number}.png")
+            save_picture(draw_contact_sheet(args, folder, state.step), Path(args.output_dir) / SHEET_FILE)
         log_pictures(accelerator, "validation", pictures, state.step)
     accelerator.wait_for_everyone()
 
@@ -2163,13 +2254,16 @@ def validation_loss(run: Run) -> float:
 
 
 def log_validation_loss(run: Run) -> None:
-    """Compute and log the validation loss, also relative to that of the untrained model."""
+    """Compute and log the validation loss, also relative to that of the untrained model where that was computed."""
     loss, state = validation_loss(run), run.state
-    if state.untrained_loss is None:
+    values, text = {"validation_loss": loss}, f"Validation loss at step {state.step}: {loss:.5f}"
+    if state.step == 0:
         state.untrained_loss = loss
-    relative = loss / state.untrained_loss
-    logger.info(f"Validation loss at step {state.step}: {loss:.5f}, {relative:.4f} of the untrained model's")
-    run.accelerator.log({"validation_loss": loss, "validation_loss_relative": relative}, step=state.step)
+    if state.untrained_loss is not None:
+        values["validation_loss_relative"] = loss / state.untrained_loss
+        text += f", {values['validation_loss_relative']:.4f} of the untrained model's"
+    logger.info(text)
+    run.accelerator.log(values, step=state.step)
 
 
 # ======================================================================================================================
@@ -2241,8 +2335,10 @@ def save_adapters(
             renamed |= to_kohya(model, layers, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
     if accelerator.is_main_process:
         FluxPipeline.save_lora_weights(folder, weight_name=LORA_FILE, **parts)
-        if kohya:
+        if renamed:
             save_file(renamed, folder / KOHYA_FILE, {"format": "pt"})
+        elif kohya:
+            logger.warning(f"{KOHYA_FILE} is not written: there is nothing that kohya has a name for")
 
 
 def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dtype: torch.dtype) -> None:
@@ -2282,22 +2378,39 @@ def draw_final_pictures(
         mine = sample_pictures(args, accelerator, *models, embeds, state.seed, numbers, "Final pictures")
     pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
     if accelerator.is_main_process:
-        for number, picture in enumerate(pictures):
-            save_picture(picture, Path(args.output_dir) / f"image_{number}.png")
+        with by_product("The final pictures"):
+            for number, picture in enumerate(pictures):
+                save_picture(picture, Path(args.output_dir) / f"image_{number}.png")
         log_pictures(accelerator, "test", pictures, state.step)
     accelerator.wait_for_everyone()
 
 
 def loading_code(args: Namespace, source: str) -> str:
     """Python that loads what was trained from `source`, a folder or a repository, and draws a picture with it."""
-    load = f'"{args.pretrained_model_name_or_path}", torch_dtype=torch.bfloat16).to("cuda")\n'
-    load += f'pipeline.load_lora_weights("{source}", weight_name="{LORA_FILE}")'
+    base = args.pretrained_model_name_or_path
+    if source != args.output_dir and Path(base).exists():  # on a card: nobody else has this folder
+        base = Path(base).name
+    options = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
+    load = ", ".join([as_text(base), *(f"{name}={as_text(value)}" for name, value in options.items())])
+    load += ', torch_dtype=torch.bfloat16).to("cuda")\n'
+    load += f'pipeline.load_lora_weights({as_text(source)}, weight_name="{LORA_FILE}")'
     prompt = (validation_prompts(args) or [args.instance_prompt or "a prompt like the captions"])[0]
     return (
         f"import torch\nfrom diffusers import FluxPipeline\n\npipeline = FluxPipeline.from_pretrained({load}\n"
         f"image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]\n"
         'image.save("image.png")'
     )
+
+
+def as_text(value: str) -> str:
+    """A string as Python and JSON write it, in double quotes."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def as_code(value: Any) -> str:
+    """A value as code in a line of Markdown, or in a cell of its tables."""
+    text = str(value).replace("|", "\\|").replace("\n", " ")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def final_pictures(args: Namespace) -> dict[str, str]:
@@ -2365,8 +2478,8 @@ def describe_training(
     parser = make_parser()
     for name, value in sorted(settings(args).items()):
         if name != "output_dir" and value != parser.get_default(name):
-            value = Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value  # nobody's home
-            rows[f"`--{name}`"] = "`" + str(value).replace("|", "\\|").replace("\n", " ") + "`"
+            path = name.endswith(("_dir", "_path", "_checkpoint"))
+            rows[f"`--{name}`"] = as_code(Path(value).name if path and Path(value).is_absolute() else value)  # no home
     return {name: value for name, value in rows.items() if value}
 
 
@@ -2377,7 +2490,7 @@ def write_model_card(args: Namespace, repo_id: str, rows: dict[str, Any], state:
     sheet = f"![steps down, prompts across]({SHEET_FILE})" if (output / SHEET_FILE).exists() else ""
     save_picture(draw_loss_curve(state.losses), output / CURVE_FILE)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    trigger = f"`{args.instance_prompt}`" if args.instance_prompt else "the words of the captions"
+    trigger = as_code(args.instance_prompt) if args.instance_prompt else "the words of the captions"
     body = f"""# {repo_id.split("/")[-1]}
 
 A DreamBooth {KIND} of {link}, trained for {state.step} steps at {args.resolution} px.
@@ -2422,12 +2535,14 @@ def closing_summary(args: Namespace, state: RunState) -> str:
     patterns = {
         "result": LORA_FILE,
         "pictures": "image_*.png", "on the way": SHEET_FILE, "model card": "README.md", "losses": CURVE_FILE,
-        "checkpoints": "checkpoint-*", "curves": args.logging_dir,
+        "checkpoints": "checkpoint-*",
     }  # fmt: skip
     lines = [f"Done: {state.step} steps in {tqdm.format_interval(state.seconds)}; the result is in {args.output_dir}"]
     for what, pattern in patterns.items():
         if paths := sorted(output.glob(pattern), key=lambda path: (len(path.name), path.name)):
             lines.append(f"  {what:<12} {paths[0]}" + (f" ... {paths[-1].name}" if len(paths) > 1 else ""))
+    if (output / args.logging_dir).is_dir():
+        lines.append(f"  {'curves':<12} {output / args.logging_dir}")
     code = loading_code(args, args.output_dir).replace("\n", "\n    ")
     return "\n".join([*lines, "  To use it:", f"    {code}"])
 
@@ -2450,13 +2565,12 @@ def create_repository(args: Namespace) -> str:
 
 def push_to_hub(args: Namespace, repo_id: str) -> None:
     """Upload the result, the card and its pictures: no checkpoints, no logs."""
-    allowed = ["README.md", LORA_FILE, KOHYA_FILE, "image_*.png", SHEET_FILE, CURVE_FILE]
     try:
         HfApi(token=args.hub_token).upload_folder(
-            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=allowed, commit_message="End of training"
+            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=RESULTS, commit_message="End of training"
         )
     except Exception as error:  # whatever it is, the result must not be lost with it
-        include = " ".join(f"--include={shlex.quote(pattern)}" for pattern in allowed)
+        include = " ".join(f"--include={shlex.quote(pattern)}" for pattern in RESULTS)
         raise RunError(
             f"the upload to {repo_id} failed ({error}). The result is whole in {args.output_dir}; to push again: "
             f"hf upload {repo_id} {shlex.quote(args.output_dir)} . {include}"
@@ -2469,18 +2583,21 @@ def push_to_hub(args: Namespace, repo_id: str) -> None:
 # ======================================================================================================================
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
 class StopSignals:
     """Remembers a signal that asks to stop, so that the step can end and a checkpoint be written.
 
-    SIGTERM, SIGINT and SIGUSR1 (a cluster's warning) count, and so does a launcher that has gone away. A second SIGINT
-    ends the process at once.
+    SIGTERM, SIGINT, SIGUSR1 (a cluster's warning) and SIGHUP (a closed terminal) count, and so does a launcher that
+    has gone away. A second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> "StopSignals":
-        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        wanted = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         self.previous = {number: signal.signal(number, self.remember) for number in wanted}
         return self
 
@@ -2492,6 +2609,10 @@ class StopSignals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             os._exit(128 + number)
         self.received = signal.Signals(number)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # the terminal may be what has gone
+                again = "; a second ^C does not wait" if number == signal.SIGINT else ""
+                os.write(2, f"\n{self.received.name}: stopping once this step is saved{again}\n".encode())
 
     def pending(self) -> int:
         """The number of the signal that asks to stop, or 0."""
@@ -2502,7 +2623,7 @@ class StopSignals:
 
 def ignore_signals(_: int) -> None:
     """In the processes that load pictures: the training decides when they end."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -2674,18 +2795,23 @@ class Progress:
             f"{seconds:.2f} s/step, {values.get('peak_device_memory', values['peak_host_memory']):.1f} GiB"
         )
         self.bar.set_description_str(text, refresh=False)
-        self.bar.update()
+        with contextlib.suppress(OSError):  # a terminal that has gone
+            self.bar.update()
         if self.bar.disable and (step == last or time.monotonic() - self.told >= LOG_SECONDS):
             logger.info(text)
             self.told = time.monotonic()
 
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.close()
 
-def stop_run(run: Run, number: int) -> None:
-    """Leave after a checkpoint was written because of signal `number`, which another process may have got."""
+
+def stop_run(run: Run, number: int, saved: str) -> None:
+    """Leave after `saved` was written because of signal `number`, which another process may have got."""
     step = run.state.step
     number = max(gather_object([number]))
     logger.warning(
-        f"Stopped by {signal.Signals(number).name} at step {step}; checkpoint-{step} is saved. "
+        f"Stopped by {signal.Signals(number).name} at step {step}; {saved} is saved. "
         "To go on: the same command with --resume_from_checkpoint=latest"
     )
     run.accelerator.end_training()
@@ -2736,18 +2862,25 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
         step_loss, stop = accelerator.reduce(total, reduction="sum").tolist()
         values = log_step(run, step_loss, grad_norm, time.perf_counter() - start)
         progress.update(values)
+        due = is_validation_due(args, state.step, schedule)
+        state.owes_validation = due and stop > 0
         if stop or state.step % args.checkpointing_steps == 0:
             save_checkpoint(run)
         if stop:
-            progress.bar.close()
-            stop_run(run, signals.pending())
-        epoch, left = divmod(state.step, schedule.steps_per_epoch)
-        at_epoch = left == 0 and (epoch - 1) % args.validation_epochs == 0
-        if at_epoch or (args.validation_steps and state.step % args.validation_steps == 0):
+            progress.close()
+            stop_run(run, signals.pending(), f"checkpoint-{state.step}")
+        if due:
             validate(run)
         total.zero_()
         start = time.perf_counter()
-    progress.bar.close()
+    progress.close()
+
+
+def is_validation_due(args: Namespace, step: int, schedule: MicroBatches) -> bool:
+    """Whether validation follows this step, as `--validation_steps` and `--validation_epochs` say."""
+    epoch, left = divmod(step, schedule.steps_per_epoch)
+    at_epoch = left == 0 and (epoch - 1) % args.validation_epochs == 0
+    return at_epoch or bool(args.validation_steps and step % args.validation_steps == 0)
 
 
 def validate(run: Run) -> None:
@@ -2930,11 +3063,13 @@ def begin(args: Namespace, accelerator: Accelerator) -> tuple[dict[str, list[Pic
         pictures = list_pictures(args)
         if accelerator.is_main_process:
             if Path(args.output_dir).is_dir():
+                lock_folder(Path(args.output_dir))
                 remove_leftovers(Path(args.output_dir))
             resumed = find_checkpoint(args)
             if resumed is not None:
                 check_fits(args, *resumed)
             found = [make_folders(args, pictures), resumed]
+            lock_folder(Path(args.output_dir))
     repo_id, resumed = accelerate.utils.broadcast_object_list(found)
     check_machines(args, accelerator, resumed, pictures)
     return pictures, resumed, repo_id
@@ -2981,6 +3116,12 @@ def start_state(args: Namespace, resumed: Any) -> RunState:
     return RunState(0, seed)
 
 
+def fingerprint(pictures: dict[str, list[Picture]]) -> str:
+    """How many pictures there are, and the CRC-32 of what is known of them."""
+    known = {half: [(at.name, at.prompt, at.size, at.look) for at in part] for half, part in pictures.items()}
+    return f"{sum(map(len, pictures.values()))} ({zlib.crc32(json.dumps(known).encode()):08x})"
+
+
 def prepare_data(
     args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, validation_pictures: list[Picture]
 ) -> TrainingData:
@@ -2996,12 +3137,12 @@ def prepare_data(
         if args.cache_latents:
             cache_latents(accelerator, vae, dataset)
             vae = vae.to("cpu") if validation_prompts(args) else None
-    names = [(half, picture.name, picture.prompt) for half, part in dataset.halves.items() for picture in part]
     facts = {
         "processes": accelerator.num_processes,
         "engine": engine_name(accelerator),
         "precision": accelerator.mixed_precision,
-        "pictures and prompts": f"{len(names)} ({zlib.crc32(json.dumps(names).encode()):08x})",
+        "pictures and prompts": fingerprint(dataset.halves),
+        "validation pictures": fingerprint({str(training_sizes(args)): validation_pictures}),
     }
     factors, scheduler_config = (config.shift_factor, config.scaling_factor), load_scheduler(args).config
     return TrainingData(dataset, encoded, vae, *factors, validation, facts, scheduler_config)
@@ -3061,9 +3202,13 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
         if fits:
             # DeepSpeed's word, for the frozen are left out; the others load by way of the host, as some copy the state.
             options = {"load_module_strict": False} if is_sharded(accelerator) else {"map_location": "cpu"}
-            accelerator.load_state(str(checkpoint), **options)
+            with keep_options(trained.optimizer):
+                accelerator.load_state(str(checkpoint), **options)
         else:
-            load_schedule(trained, checkpoint)
+            trained.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.bin"))
+        follow_flags(trained)
+        if facts["data"].get("validation pictures") != data.facts["validation pictures"]:
+            state.untrained_loss = None
         if trained.ema is not None:  # which came back on the CPU, with the decay that it had
             trained.ema.to(accelerator.device)
             trained.ema.decay = args.ema_decay
@@ -3075,15 +3220,19 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
     schedule = make_schedule(args, accelerator, data.dataset, state)
     if accelerator.is_main_process:
         (Path(args.output_dir) / RESULT_FILE).unlink(missing_ok=True)
-    with stage(args, accelerator, "Training"), StopSignals() as signals, logging_redirect_tqdm():
-        if state.step == 0:
-            validate(run)
-        train(run, schedule, signals)
-    with stage(args, accelerator, "Saving the result"):
-        dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
-        partial = Path(args.output_dir) / f".results{PARTIAL}"
-        with writing(args, "the result", partial, 4 * trained.size), trained.averaged():
-            save_results(args, accelerator, trained, dtype)
+        set_aside(args, state.step, None if checkpoint is None else facts)
+    with StopSignals() as signals:
+        with stage(args, accelerator, "Training"), logging_redirect_tqdm():
+            if state.step == 0 or state.owes_validation:
+                validate(run)
+            train(run, schedule, signals)
+        with stage(args, accelerator, "Saving the result"):
+            dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
+            partial = Path(args.output_dir) / f".results{PARTIAL}"
+            with writing(args, "the result", partial, 4 * trained.size), trained.averaged():
+                save_results(args, accelerator, trained, dtype)
+        if any(gather_object([signals.pending()])):
+            stop_run(run, signals.pending(), "the result")
     accelerator.free_memory()
     accelerator._custom_objects.clear()  # the average
 
@@ -3103,6 +3252,11 @@ def resolve_steps(args: Namespace, accelerator: Accelerator, dataset: DreamBooth
     steps_per_epoch = make_schedule(args, accelerator, dataset, state).steps_per_epoch
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * steps_per_epoch
+    if state.step > args.max_train_steps:
+        raise UsageError(
+            f"--resume_from_checkpoint={args.resume_from_checkpoint} is at step {state.step}, past the end of this run "
+            f"at {args.max_train_steps}: raise --max_train_steps, or name an earlier checkpoint"
+        )
     if args.scale_lr:
         args.learning_rate *= per_step
         logger.info(f"--scale_lr: the learning rate is {args.learning_rate} for {per_step} examples a step")
@@ -3124,6 +3278,21 @@ def prepare_dataset(
     return DreamBoothDataset(pictures["instance"], class_pictures[: args.num_class_images], args, seed)
 
 
+def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
+    """Begin what `--report_to` names, with all settings.
+
+    Raises:
+        UsageError: if it does not let the run in.
+    """
+    try:
+        accelerator.init_trackers(PROJECT, config=plain_settings(args))
+    except Exception as error:  # each tracker has its own kinds
+        raise UsageError(
+            f"--report_to={args.report_to} does not start: {error}. For wandb: `wandb login`, or WANDB_MODE=offline; "
+            "or give --report_to=tensorboard or none"
+        ) from error
+
+
 def main(args: Namespace) -> None:
     """The story: pictures, prompts, latents, transformer, training, result, final pictures, card, Hub."""
     accelerator = make_accelerator(args)
@@ -3131,10 +3300,12 @@ def main(args: Namespace) -> None:
     state = start_state(args, resumed)
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)
     resolve_steps(args, accelerator, dataset, state)
-    if resumed is not None and finished_steps(args) >= args.max_train_steps:
+    if resumed is not None and accelerate.utils.broadcast_object_list([is_finished(args)])[0]:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
+        if args.push_to_hub and accelerator.is_main_process:
+            push_to_hub(args, repo_id)
         return
-    accelerator.init_trackers(PROJECT, config=plain_settings(args))
+    start_trackers(args, accelerator)
     validation_pictures = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     data = prepare_data(args, accelerator, dataset, validation_pictures)
     fit(args, accelerator, data, resumed, state)
@@ -3144,8 +3315,9 @@ def main(args: Namespace) -> None:
         with stage(args, accelerator, "Drawing the final pictures"):
             draw_final_pictures(args, accelerator, embeds, state, weight_dtype(accelerator))
     if accelerator.is_main_process:
-        write_model_card(args, repo_id, describe_training(args, accelerator, pictures, state), state)
-        mark_finished(args, state)
+        with by_product("The model card"):
+            write_model_card(args, repo_id, describe_training(args, accelerator, pictures, state), state)
+            mark_finished(args)
         if args.push_to_hub:
             push_to_hub(args, repo_id)
     accelerator.end_training()

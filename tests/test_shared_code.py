@@ -29,7 +29,8 @@ DIFFERENT_ON_PURPOSE = {
     "loading_code": "base and LoRA file, or the pipeline folder",
     "closing_summary": "the file of the result",
     "(KIND, TAGS, PROJECT)": "what the model card and trackers call it",
-    "push_to_hub": "the files of the result",
+    "ON_REQUEST": "the files of the result",
+    "RESULTS": "the files of the result",
     "prepare_training": "what the loaders take, and updates one weight at a time",
 }
 ONLY_IN_ONE = {
@@ -54,6 +55,7 @@ ONLY_IN_ONE = {
     "expect_no_frozen",
     "save_weights",
     "SINGLE_FILE",
+    "COMPONENTS",
     "KOHYA_FILE",
     "KOHYA_LAYERS",
     "make_optimizer",

@@ -85,8 +85,14 @@ def assert_stopped(script: ModuleType, number: signal.Signals, printed: str, out
 
 @pytest.mark.parametrize(
     ("script", "number"),
-    [(FULL, signal.SIGTERM), (LORA, signal.SIGTERM), (LORA, signal.SIGINT), (FULL, signal.SIGUSR1)],
-    ids=["full-SIGTERM", "lora-SIGTERM", "lora-SIGINT", "full-SIGUSR1"],
+    [
+        (FULL, signal.SIGTERM),
+        (LORA, signal.SIGTERM),
+        (LORA, signal.SIGINT),
+        (FULL, signal.SIGUSR1),
+        (LORA, signal.SIGHUP),
+    ],
+    ids=["full-SIGTERM", "lora-SIGTERM", "lora-SIGINT", "full-SIGUSR1", "lora-SIGHUP"],
 )
 def test_a_signal_ends_the_run_after_a_checkpoint_with_the_code_of_the_signal(
     forker: Forker, endless: list[str], tmp_path: Path, script: ModuleType, number: signal.Signals

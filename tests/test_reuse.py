@@ -1,0 +1,355 @@
+"""A folder that is used again: nothing of an earlier run is lost, and nothing of it is taken for the new one's."""
+
+import fcntl
+import json
+import os
+import signal
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+
+from conftest import Run
+from tests.local_hub import HubState
+from tests.test_checkpoints import WEIGHTS
+
+LATEST = "--resume_from_checkpoint=latest"
+EVERY = "--checkpointing_steps=1"
+EXTRA = {"train_dreambooth_flux": "--save_single_file", "train_dreambooth_lora_flux": "--save_kohya_format"}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, float]]:
+    """What was logged of each step."""
+    steps: dict[int, dict[str, float]] = {}
+    monkeypatch.setattr(Accelerator, "log", lambda _, values, step: steps.setdefault(step, {}).update(values))
+    return steps
+
+
+def test_a_new_run_moves_what_an_earlier_one_left_and_latest_goes_on_with_the_new(
+    script: ModuleType, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = ("--validation_prompt=a dog", "--validation_epochs=1", "--train_batch_size=5")
+    weights = WEIGHTS[script.__name__]
+    output = run(script, "--max_train_steps=4", EVERY, EXTRA[script.__name__], *pictures)
+    (output / "README.md").write_text("mine")
+    old = (output / weights).read_bytes()
+    new = ("--max_train_steps=3", "--checkpointing_steps=2", "--seed=1", "--checkpoints_total_limit=1")
+    run(script, *new)
+    earlier = output / "earlier-1"
+    assert f"Moved what an earlier run left to {earlier}" in caplog.text
+    assert (earlier / weights).read_bytes() == old and (earlier / "README.md").read_text() == "mine"
+    assert {"checkpoint-1", "checkpoint-4", "validation", "image_0.png", "contact_sheet.jpg"} <= names(earlier)
+    assert list(script.list_checkpoints(output)) == [2]
+    assert not names(output) & {"validation", "image_0.png", "contact_sheet.jpg", *script.ON_REQUEST}
+    expected = load_file(run(script, *new, f"--output_dir={tmp_path / 'alone'}") / weights)
+    run(script, *new, LATEST, EXTRA[script.__name__])
+    found = load_file(output / weights)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_moves_the_later_ones(script: ModuleType, run: Run) -> None:
+    output = run(script, "--max_train_steps=4", EVERY)
+    run(script, "--max_train_steps=3", EVERY, "--resume_from_checkpoint=checkpoint-1", "--learning_rate=1e-2")
+    assert names(output / "earlier-1") == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+    assert list(script.list_checkpoints(output)) == [1, 2, 3]
+
+
+def test_pictures_of_other_prompts_are_not_shown_under_the_new_ones(script: ModuleType, run: Run) -> None:
+    flags = ("--validation_steps=1", EVERY)
+    output = run(script, *flags, "--validation_prompt=a dog", "--num_validation_images=2", EXTRA[script.__name__])
+    run(script, *flags, "--validation_prompt=a cat", "--validation_prompt=a dog", LATEST, "--max_train_steps=3")
+    assert names(output / "earlier-1") >= {"validation", "image_0.png", "image_1.png"}
+    assert names(output / "validation") == {"step_000003_0.png", "step_000003_1.png"}
+    with Image.open(output / "contact_sheet.jpg") as sheet:
+        assert sheet.size == (64 + 2 * 256, 48 + 256)
+    assert not (output / script.ON_REQUEST[1]).exists()
+
+
+def test_a_checkpoint_past_the_end_is_an_error(script: ModuleType, run: Run) -> None:
+    output = run(script, "--max_train_steps=3", EVERY)
+    with pytest.raises(script.UsageError, match="is at step 3, past the end of this run at 2: raise --max_train_steps"):
+        run(script, "--max_train_steps=2", LATEST)
+    assert list(script.list_checkpoints(output)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("flags", [(), ("--lr_scheduler=linear", "--lr_warmup_steps=0")], ids=["constant", "linear"])
+def test_settings_of_the_optimizer_follow_the_flags_after_a_resume(
+    script: ModuleType, run: Run, logged: dict[int, dict[str, float]], flags: tuple[str, ...]
+) -> None:
+    before = ("--max_train_steps=4", EVERY, *flags, "--learning_rate=1e-2")
+    after = (*before, "--learning_rate=1e-4", "--adam_weight_decay=0.5", "--adam_beta1=0.5")
+    run(script, *before)
+    rates = {step: values["lr"] for step, values in logged.items()}
+    logged.clear()
+    output = run(script, *after, "--resume_from_checkpoint=checkpoint-1")
+    for step in (2, 3, 4):
+        assert logged[step]["lr"] == pytest.approx(rates[step] / 100)
+    group = torch.load(output / "checkpoint-4" / "optimizer.bin")["param_groups"][0]
+    assert (group["initial_lr"], group["weight_decay"], group["betas"]) == (1e-4, 0.5, (0.5, 0.999))
+
+
+def test_so_do_those_of_an_optimizer_for_each_weight(run: Run) -> None:
+    import train_dreambooth_flux as script
+
+    flags = ("--mixed_precision=bf16", "--full_bf16", "--fused_backward_pass", EVERY)
+    run(script, *flags)
+    again = ("--max_train_steps=3", "--learning_rate=1e-6", "--adam_weight_decay=0.5")
+    output = run(script, *flags, *again, LATEST)
+    state = torch.load(output / "checkpoint-3" / "optimizer.bin")
+    [group] = state["state"][0]["param_groups"]
+    assert (group["lr"], group["weight_decay"]) == (1e-6, 0.5)
+
+
+def test_prodigy_keeps_what_it_has_learned(script: ModuleType, run: Run, logged: dict[int, dict[str, float]]) -> None:
+    flags = ("--optimizer=prodigy", "--learning_rate=1", EVERY)
+    output = run(script, *flags)
+    run(script, *flags, "--max_train_steps=3", "--adam_weight_decay=0.5", LATEST)
+    before, after = (torch.load(output / f"checkpoint-{step}" / "optimizer.bin")["param_groups"][0] for step in (2, 3))
+    assert (before["k"], after["k"]) == (2, 3) and (before["weight_decay"], after["weight_decay"]) == (1e-4, 0.5)
+    assert after["d_numerator"] != before["d_numerator"] and after["d_max"] == logged[3]["prodigy_d"]
+
+
+def test_a_finished_run_with_other_wishes_fulfils_them(script: ModuleType, run: Run) -> None:
+    output = run(script, EVERY)
+    assert not (output / script.ON_REQUEST[1]).exists()
+    run(script, EVERY, LATEST, EXTRA[script.__name__], "--validation_prompt=a dog")
+    assert (output / script.ON_REQUEST[1]).is_file() and (output / "image_0.png").is_file()
+
+
+def test_a_finished_run_goes_on_from_a_checkpoint_that_is_named(
+    script: ModuleType, run: Run, logged: dict[int, dict[str, float]]
+) -> None:
+    run(script, EVERY)
+    logged.clear()
+    run(script, EVERY, "--resume_from_checkpoint=checkpoint-1")
+    assert list(logged) == [2]
+
+
+def test_a_damaged_mark_is_none(script: ModuleType, run: Run, logged: dict[int, dict[str, float]]) -> None:
+    output = run(script, "--max_train_steps=3", "--checkpointing_steps=2")
+    (output / script.RESULT_FILE).write_text("")
+    logged.clear()
+    run(script, "--max_train_steps=3", "--checkpointing_steps=2", LATEST)
+    assert list(logged) == [3]
+
+
+def test_a_push_that_was_cut_off_is_done_by_latest(
+    script: ModuleType, run: Run, hub: HubState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--push_to_hub", "--hub_token=hf_secret", "--hub_model_id=sks-dog", EVERY)
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "push_to_hub", end)
+        run(script, *flags)
+    monkeypatch.setattr(script, "encode_prompts", lambda *_: pytest.fail("a model was loaded"))
+    output = run(script, *flags, LATEST)
+    assert hub.repositories["tester/sks-dog"]["README.md"] == (output / "README.md").read_bytes()
+
+
+def test_two_runs_do_not_write_to_one_folder(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(script, "LOCK_SECONDS", 1)
+    output = tmp_path / "out"
+    (output / ".checkpoint-1.flux-partial").mkdir(parents=True)  # which the other one is writing
+    other = os.open(output, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(script.UsageError, match="to which another run writes"):
+        run(script)
+    assert "Another run writes to" in caplog.text
+    assert names(output) == {".checkpoint-1.flux-partial"}
+    os.close(other)
+    run(script)
+
+
+# What the training can do without
+
+
+def test_what_lies_in_the_way_of_pictures_does_not_end_the_training(
+    script: ModuleType, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "set_aside", lambda *_: None)
+    output, flags = tmp_path / "out", ("--validation_prompt=a dog", "--validation_steps=1", "--train_batch_size=5")
+    output.mkdir()
+    (output / "validation").write_text("a file")
+    run(script, *flags)
+    assert caplog.text.count("The validation pictures could not be written") == 3
+    assert (output / script.RESULT_FILE).is_file()
+
+
+def test_copies_that_a_file_manager_made_are_not_on_the_sheet(script: ModuleType, run: Run) -> None:
+    flags = ("--validation_prompt=a dog", "--validation_steps=1", EVERY)
+    output = run(script, *flags)
+    picture = output / "validation" / "step_000001_0.png"
+    (output / "validation" / "step_000001_0 (copy).png").write_bytes(picture.read_bytes())
+    run(script, *flags, LATEST, "--max_train_steps=3")
+    with Image.open(output / "contact_sheet.jpg") as sheet:
+        assert sheet.size == (64 + 256, 48 + 4 * 256)
+
+
+def test_a_full_disk_at_the_pictures_and_the_card_keeps_the_result(
+    script: ModuleType, run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "save_picture", fail)
+    output = run(script, "--validation_prompt=a dog")
+    assert (output / WEIGHTS[script.__name__]).is_file() and not (output / script.RESULT_FILE).exists()
+    for what in ("The final pictures", "The model card"):
+        assert f"{what} could not be written: [Errno 28]" in caplog.text
+
+
+def test_an_output_folder_that_was_removed_is_made_again(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = script.train
+
+    def train(*given: Any) -> None:
+        (tmp_path / "out").rmdir()
+        plain(*given)
+
+    monkeypatch.setattr(script, "train", train)
+    output = run(script, EVERY)
+    assert {"checkpoint-1", "checkpoint-2", "README.md", script.RESULT_FILE} <= names(output)
+
+
+def test_a_result_that_was_not_written_names_the_checkpoints_there_are(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "save_results", fail)
+    with pytest.raises(script.RunError, match="There is no checkpoint yet: make room"):
+        run(script)
+    with pytest.raises(script.RunError, match="There is checkpoint-1, checkpoint-2: make room"):
+        run(script, EVERY)
+
+
+# Stops
+
+
+def test_a_signal_during_the_saving_leaves_the_whole_result(
+    script: ModuleType,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain = script.save_results
+
+    def save(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(script, "save_results", save)
+        run(script, "--validation_prompt=a dog")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "\nSIGTERM: stopping once this step is saved\n" in capfd.readouterr().err
+    assert "Stopped by SIGTERM at step 2; the result is saved. To go on: the same command" in caplog.text
+    assert (tmp_path / "out" / WEIGHTS[script.__name__]).is_file() and not (tmp_path / "out" / "image_0.png").exists()
+
+
+def test_a_validation_that_a_stop_left_out_is_made_on_resume(
+    script: ModuleType, run: Run, logged: dict[int, dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--validation_loss", "--validation_steps=2", "--max_train_steps=5")
+    plain = script.log_step
+
+    def log_step(of: Any, *given: Any) -> Any:
+        if of.state.step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)  # seen in the second step
+        return plain(of, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(script, "log_step", log_step)
+        run(script, *flags)
+    assert "validation_loss" not in logged[2]
+    run(script, *flags, LATEST)
+    assert [step for step, values in logged.items() if "validation_loss" in values] == [0, 2, 4, 5]
+
+
+def test_a_validation_that_was_made_is_not_repeated_on_resume(
+    script: ModuleType, run: Run, logged: dict[int, dict[str, float]]
+) -> None:
+    flags = ("--validation_loss", "--validation_steps=2", "--checkpointing_steps=2")
+    run(script, *flags)
+    logged.clear()
+    run(script, *flags, LATEST, "--max_train_steps=3")
+    assert "validation_loss" not in logged.get(2, {})
+
+
+# The validation loss of other pictures than before the first step
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["first computed then", "of other pictures"])
+def test_a_loss_that_was_not_computed_before_the_first_step_is_not_called_relative(
+    script: ModuleType, run: Run, logged: dict[int, dict[str, float]], tmp_path: Path, other: bool
+) -> None:
+    (tmp_path / "held").mkdir()
+    Image.new("RGB", (32, 32), "navy").save(tmp_path / "held" / "navy.png")
+    run(script, EVERY, *(["--validation_loss"] if other else []))
+    held_out = f"--validation_data_dir={tmp_path / 'held'}"
+    flags = (EVERY, LATEST, "--max_train_steps=3", "--validation_loss", "--validation_steps=3", held_out)
+    run(script, *flags)
+    assert "validation_loss" in logged[3] and "validation_loss_relative" not in logged[3]
+
+
+# Trackers and the summary
+
+
+@pytest.mark.parametrize("folder", ["{}/curves", "", "."])
+def test_curves_may_be_anywhere(script: ModuleType, run: Run, tmp_path: Path, folder: str) -> None:
+    run(script, "--report_to=tensorboard", f"--logging_dir={folder.format(tmp_path)}")
+
+
+def test_a_tracker_that_does_not_let_the_run_in_is_one_message(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("No API key configured")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    with pytest.raises(script.UsageError, match=r"--report_to=none.*No API key configured.*wandb login"):
+        run(script)
+
+
+def test_the_code_names_variant_and_revision_and_takes_any_folder(base_flags: list[str]) -> None:
+    import train_dreambooth_lora_flux as script
+
+    flags = ("--variant=fp16", "--revision=main", '--output_dir=a "dog"', "--pretrained_model_name_or_path=some/base")
+    args = script.parse_args([*base_flags, *flags])
+    code = script.loading_code(args, args.output_dir)
+    compile(code, "code", "exec")
+    assert 'FluxPipeline.from_pretrained("some/base", revision="main", variant="fp16", torch_dtype' in code
+    assert r'load_lora_weights("a \"dog\"", weight_name' in code
+
+
+def test_the_card_keeps_prompts_as_they_are_and_names_no_folder(script: ModuleType, run: Run, tiny_flux: Path) -> None:
+    card = (run(script, "--instance_prompt=/imagine a `sks` dog|cat") / "README.md").read_text()
+    assert r"| `--instance_prompt` | `` /imagine a `sks` dog\|cat `` |" in card
+    assert str(tiny_flux.parent) not in card
+
+
+def test_a_kohya_file_of_nothing_is_not_written(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    import train_dreambooth_lora_flux as script
+
+    output = run(script, "--save_kohya_format", "--lora_layers=x_embedder")
+    assert not (output / script.KOHYA_FILE).exists() and "is not written: there is nothing" in caplog.text
+    assert json.loads((output / script.RESULT_FILE).read_text())["save_kohya_format"] is True
