@@ -560,11 +560,11 @@ def open_folder(flag: str, folder: str) -> list[Path]:
         raise UsageError(f"{told}; give the folder with the pictures") from error
 
 
-def passed_over(folder: Path) -> list[str]:
-    """What somebody may miss in a folder of pictures: other kinds of files, folders, links to nothing."""
-    used = {path.name for path in list_picture_files(folder)}
-    others = (path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in used)
-    return sorted(path.name for path in others if path.suffix.lower() not in TEXT_SUFFIXES)
+def passed_over(folder: Path, extension: str | None) -> list[str]:
+    """What somebody may miss in a folder of pictures and captions: other files, folders, links to nothing."""
+    used, texts = set(list_picture_files(folder)), {*TEXT_SUFFIXES, extension}
+    others = (path for path in folder.iterdir() if path not in used and path.suffix.lower() not in texts)
+    return sorted(path.name for path in others if not path.name.startswith("."))
 
 
 def unused_captions(args: Namespace) -> list[str]:
@@ -2854,7 +2854,7 @@ def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
     checked = iter(check_pictures([picture for part in pictures.values() for picture in part]))
     pictures = {half: [next(checked) for _ in part] for half, part in pictures.items()}
     for name in ("instance_data_dir", "validation_data_dir"):
-        if getattr(args, name) and (others := passed_over(Path(getattr(args, name)))):
+        if getattr(args, name) and (others := passed_over(Path(getattr(args, name)), args.caption_extension)):
             logger.warning(f"--{name} has what is not a picture by its name, so it is passed over: {shorten(others)}")
     for half, part in pictures.items():
         if half != "class" or not args.aspect_ratio_buckets:  # else each takes its instance picture's
@@ -3139,7 +3139,7 @@ def main(args: Namespace) -> None:
     state = start_state(args, resumed)
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)
     resolve_steps(args, accelerator, dataset, state)
-    if resumed is not None and accelerate.utils.broadcast_object_list([is_finished(args)])[0]:
+    if accelerate.utils.broadcast_object_list([is_finished(args)])[0]:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         if args.push_to_hub and accelerator.is_main_process:
             push_to_hub(args, repo_id)

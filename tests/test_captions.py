@@ -147,11 +147,12 @@ def test_names_in_metadata_may_be_written_in_other_ways(script: ModuleType, fold
 def test_what_is_passed_over_in_a_folder_is_named(
     script: ModuleType, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("phone.heic", "unnamed", "notes.txt", ".DS_Store"):
+    for name in ("phone.heic", "unnamed", "notes.txt", ".DS_Store", "dog_00.tags"):
         (folder / name).write_bytes(b"")
     (folder / "more").mkdir()
     (folder / "gone.png").symlink_to("nowhere.png")
-    assert len(script.list_pictures(parse(script, folder, "--instance_prompt=a sks dog"))["instance"]) == 5
+    flags = ("--instance_prompt=a sks dog", "--caption_extension=.tags")
+    assert len(script.list_pictures(parse(script, folder, *flags))["instance"]) == 5
     assert "passed over: gone.png, more, phone.heic, unnamed" in caplog.text
     assert "notes.txt" not in caplog.text and ".DS_Store" not in caplog.text
 

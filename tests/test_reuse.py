@@ -126,6 +126,16 @@ def test_a_finished_run_with_other_wishes_fulfils_them(script: ModuleType, run: 
     assert (output / script.ON_REQUEST[1]).is_file() and (output / "image_0.png").is_file()
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_again(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = run(script)
+    before = names(output)
+    monkeypatch.setattr(script, "encode_prompts", lambda *_: pytest.fail("a model was loaded"))
+    run(script, LATEST)
+    assert names(output) == before
+
+
 def test_a_finished_run_goes_on_from_a_checkpoint_that_is_named(
     script: ModuleType, run: Run, logged: dict[int, dict[str, float]]
 ) -> None:
