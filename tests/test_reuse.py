@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import ModuleType
@@ -62,6 +63,16 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_moves_the_later_ones(scri
     run(script, "--max_train_steps=3", EVERY, "--resume_from_checkpoint=checkpoint-1", "--learning_rate=1e-2")
     assert names(output / "earlier-1") == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
     assert list(script.list_checkpoints(output)) == [1, 2, 3]
+
+
+def test_another_picture_under_the_name_of_an_earlier_one_is_told(
+    script: ModuleType, run: Run, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(pictures, tmp_path / "dogs"))
+    run(script, f"--instance_data_dir={folder}", EVERY)
+    Image.new("RGB", (32, 32), "navy").save(folder / "dog_00.png")
+    run(script, f"--instance_data_dir={folder}", "--max_train_steps=3", LATEST)
+    assert "Changed since checkpoint-2" in caplog.text and "pictures and prompts was '5 (" in caplog.text
 
 
 def test_pictures_of_other_prompts_are_not_shown_under_the_new_ones(script: ModuleType, run: Run) -> None:
@@ -204,10 +215,10 @@ def test_copies_that_a_file_manager_made_are_not_on_the_sheet(script: ModuleType
     flags = ("--validation_prompt=a dog", "--validation_steps=1", EVERY)
     output = run(script, *flags)
     picture = output / "validation" / "step_000001_0.png"
-    (output / "validation" / "step_000001_0 (copy).png").write_bytes(picture.read_bytes())
+    picture.rename(output / "validation" / "step_000001_0 (copy).png")
     run(script, *flags, LATEST, "--max_train_steps=3")
     with Image.open(output / "contact_sheet.jpg") as sheet:
-        assert sheet.size == (64 + 256, 48 + 4 * 256)
+        assert sheet.size == (64 + 256, 48 + 3 * 256)  # of steps 0, 2 and 3
 
 
 def test_a_full_disk_at_the_pictures_and_the_card_keeps_the_result(
