@@ -414,10 +414,11 @@ def name_problems(args: Namespace) -> Iterator[str]:
     """Folders and prompts that cannot be what was meant."""
     if not args.output_dir.strip():
         yield "--output_dir is empty; give a folder"
-    ends, base, photos = ("_dir", "_path"), "pretrained_model_name_or_path", "instance_data_dir"
-    folders = {name: os.path.realpath(path) for name, path in vars(args).items() if name.endswith(ends) and path}
-    for name, other in (("output_dir", photos), ("class_data_dir", photos), ("output_dir", base)):
-        if name in folders and folders[name] == folders.get(other):
+    read = ("instance_data_dir", "validation_data_dir", "pretrained_model_name_or_path")
+    written = ("output_dir", "class_data_dir")
+    for name, other in [*itertools.product(written, read), written]:
+        both = [os.path.realpath(getattr(args, at)) for at in (name, other) if getattr(args, at)]
+        if len(both) == 2 and both[0] == both[1]:
             yield f"--{name} and --{other} are the same folder, {getattr(args, name)!r}; give each one of its own"
     for prompt in filter(None, (args.instance_prompt, args.class_prompt, *validation_prompts(args))):
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds what it could not decode
@@ -1748,25 +1749,36 @@ def lock_folder(folder: Path) -> None:
     )
 
 
-def set_aside(args: Namespace, step: int, facts: dict[str, Any] | None) -> None:
+def set_aside(args: Namespace, step: int, facts: dict[str, Any] | None, changed: bool) -> None:
     """Move what an earlier run left in `--output_dir` and could be taken for this one's into a folder of its own.
 
-    All of it where a run starts anew; where one goes on at `step`, later checkpoints, what it would write on request
-    only, and validation pictures of other prompts than those in `facts`, which the checkpoint says of itself.
+    All of it where a run starts anew. Where one goes on at `step` from a checkpoint of the folder, which says `facts`
+    of itself: what is later than that, what is written on request only, pictures of other prompts; the result as well
+    where the training has `changed` since.
     """
-    output, patterns = Path(args.output_dir), [*(ON_REQUEST if facts else RESULTS)]
+    output, kept = Path(args.output_dir), step
+    patterns = [*(RESULTS if facts is None or changed else ON_REQUEST)]
     before = facts["args"] if facts else {"validation_prompt": None}
     if any(before.get(name) != getattr(args, name) for name in ("validation_prompt", "num_validation_images")):
-        patterns.append("validation/")
-    left = [path for number, path in list_checkpoints(output).items() if number > step]
-    left += [path for pattern in patterns for path in output.glob(pattern)]
+        patterns, kept = [*patterns, SHEET_FILE], -1
+    left = [path for pattern in patterns for path in output.glob(pattern)]
+    left += [path for number, path in list_checkpoints(output).items() if number > step]
+    left += [path for (number, _), path in list_validation_pictures(output).items() if number > kept]
     if left:
         free = (output / f"earlier-{number}" for number in itertools.count(1))
         folder = next(path for path in free if not path.exists())
-        folder.mkdir()
-        for path in left:
-            path.rename(folder / path.name)
+        for path in dict.fromkeys(left):
+            target = folder / path.relative_to(output)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
         logger.warning(f"Moved what an earlier run left to {folder}: {shorten([path.name for path in left])}")
+
+
+def list_validation_pictures(output_dir: Path) -> dict[tuple[int, int], Path]:
+    """The pictures that were drawn on the way, by step and number."""
+    paths = (output_dir / "validation").glob("step_*.png")
+    found = ((re.fullmatch(r"step_(\d+)_(\d+)\.png", path.name), path) for path in paths)
+    return {(int(match[1]), int(match[2])): path for match, path in found if match}
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -1857,7 +1869,7 @@ def changes_since(args: Namespace, facts: dict[str, Any], data: dict[str, Any]) 
     """How this run differs from the one that wrote a checkpoint, in what changes the training."""
     before, now = facts["args"] | facts["data"], settings(args) | data
     free = FREE_TO_CHANGE - (set() if args.lr_scheduler.startswith("constant") else {"max_train_steps"})
-    for name in sorted(before.keys() | now.keys()):
+    for name in sorted(before.keys() & now.keys()):
         if name not in free and before.get(name) != now.get(name):
             yield f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
 
@@ -1916,7 +1928,9 @@ def is_finished(args: Namespace) -> bool:
 
 
 def mark_finished(args: Namespace) -> None:
-    """Write the last file of a run."""
+    """Write the last file of a run, unless a picture that the flags ask for is missing."""
+    if not all((Path(args.output_dir) / name).exists() for name in final_pictures(args)):
+        return
     partial = Path(args.output_dir) / f".{RESULT_FILE}{PARTIAL}"
     partial.write_text(json.dumps(finished_settings(args), indent=2) + "\n")
     replace_path(partial, Path(args.output_dir) / RESULT_FILE)
@@ -2167,10 +2181,9 @@ def embed_prompt(accelerator: Accelerator, text_encoder: nn.Module | None, embed
     return embeds._replace(pooled_prompt_embeds=pooled[0].cpu())
 
 
-def draw_contact_sheet(args: Namespace, folder: Path, step: int) -> Image.Image:
-    """The pictures in `folder` up to `step` on one sheet: steps down, prompts across; long runs thinned evenly."""
-    found = ((re.fullmatch(r"step_(\d+)_(\d+)\.png", path.name), path) for path in folder.glob("step_*.png"))
-    cells = {(int(match[1]), int(match[2])): path for match, path in found if match}
+def draw_contact_sheet(args: Namespace, step: int) -> Image.Image:
+    """The validation pictures up to `step` on one sheet: steps down, prompts across; long runs thinned evenly."""
+    cells = list_validation_pictures(Path(args.output_dir))
     steps = sorted({at for at, _ in cells if at <= step})
     rows = sorted({steps[round(row * (len(steps) - 1) / (SHEET_ROWS - 1))] for row in range(SHEET_ROWS)})
     prompts, font, label, header = validation_prompts(args), ImageFont.load_default(16), 64, 48
@@ -2208,7 +2221,7 @@ def draw_validation_pictures(run: Run) -> None:
             remove_leftovers(folder)
             for number, picture in enumerate(pictures):
                 save_picture(picture, folder / f"step_{state.step:06d}_{number}.png")
-            save_picture(draw_contact_sheet(args, folder, state.step), Path(args.output_dir) / SHEET_FILE)
+            save_picture(draw_contact_sheet(args, state.step), Path(args.output_dir) / SHEET_FILE)
         log_pictures(accelerator, "validation", pictures, state.step)
     accelerator.wait_for_everyone()
 
@@ -2385,11 +2398,11 @@ def draw_final_pictures(
     accelerator.wait_for_everyone()
 
 
-def loading_code(args: Namespace, source: str) -> str:
-    """Python that loads what was trained from `source`, a folder or a repository, and draws a picture with it."""
-    base = args.pretrained_model_name_or_path
-    if source != args.output_dir and Path(base).exists():  # on a card: nobody else has this folder
-        base = Path(base).name
+def loading_code(args: Namespace, source: str, base: str) -> str:
+    """Python that loads what was trained from `source`, a folder or a repository, and draws a picture with it.
+
+    A LoRA needs its `base`, which the full script's result brings along.
+    """
     options = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
     load = ", ".join([as_text(base), *(f"{name}={as_text(value)}" for name, value in options.items())])
     load += ', torch_dtype=torch.bfloat16).to("cuda")\n'
@@ -2505,7 +2518,7 @@ Use {trigger} in the prompt.
 ## Use it
 
 ```python
-{loading_code(args, repo_id)}
+{loading_code(args, repo_id, Path(base).name if Path(base).exists() else base)}
 ```
 
 ## Training
@@ -2543,7 +2556,7 @@ def closing_summary(args: Namespace, state: RunState) -> str:
             lines.append(f"  {what:<12} {paths[0]}" + (f" ... {paths[-1].name}" if len(paths) > 1 else ""))
     if (output / args.logging_dir).is_dir():
         lines.append(f"  {'curves':<12} {output / args.logging_dir}")
-    code = loading_code(args, args.output_dir).replace("\n", "\n    ")
+    code = loading_code(args, args.output_dir, args.pretrained_model_name_or_path).replace("\n", "\n    ")
     return "\n".join([*lines, "  To use it:", f"    {code}"])
 
 
@@ -3141,7 +3154,7 @@ def prepare_data(
         "processes": accelerator.num_processes,
         "engine": engine_name(accelerator),
         "precision": accelerator.mixed_precision,
-        "pictures and prompts": fingerprint(dataset.halves),
+        "pictures": fingerprint(dataset.halves),
         "validation pictures": fingerprint({str(training_sizes(args)): validation_pictures}),
     }
     factors, scheduler_config = (config.shift_factor, config.scaling_factor), load_scheduler(args).config
@@ -3192,6 +3205,7 @@ def optimizer_fits(before: dict[str, Any], now: dict[str, Any]) -> bool:
 def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: Any, state: RunState) -> None:
     """Load, train, save: when this returns, the memory of the training is free."""
     checkpoint, facts = resumed or (None, {"data": data.facts})
+    changes = [] if checkpoint is None else list(changes_since(args, facts, data.facts))
     fits = optimizer_fits(facts["data"], data.facts)
     with stage(args, accelerator, "Loading the transformer"):
         trained = prepare_training(args, accelerator, state.seed, None if fits else checkpoint)
@@ -3207,20 +3221,24 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
         else:
             trained.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.bin"))
         follow_flags(trained)
-        if facts["data"].get("validation pictures") != data.facts["validation pictures"]:
+        measured = facts["data"].get("validation pictures", data.facts["validation pictures"])
+        if not args.validation_loss:
+            data.facts["validation pictures"] = measured
+        elif measured != data.facts["validation pictures"]:
             state.untrained_loss = None
         if trained.ema is not None:  # which came back on the CPU, with the decay that it had
             trained.ema.to(accelerator.device)
             trained.ema.decay = args.ema_decay
         kept = "everything" if fits else "the weights and the schedule, not the optimizer's state"
         logger.info(f"Resuming from {checkpoint} at step {state.step} of {args.max_train_steps}, with {kept}")
-        for change in changes_since(args, facts, data.facts):
+        for change in changes:
             logger.warning(f"Changed since {checkpoint.name}, so this run is not the one it would have been: {change}")
     run = Run(args, accelerator, data, trained, state)
     schedule = make_schedule(args, accelerator, data.dataset, state)
     if accelerator.is_main_process:
+        own = checkpoint is not None and checkpoint.resolve().parent == Path(args.output_dir).resolve()
         (Path(args.output_dir) / RESULT_FILE).unlink(missing_ok=True)
-        set_aside(args, state.step, None if checkpoint is None else facts)
+        set_aside(args, state.step if own else 0, facts if own else None, changed=bool(changes))
     with StopSignals() as signals:
         with stage(args, accelerator, "Training"), logging_redirect_tqdm():
             if state.step == 0 or state.owes_validation:
@@ -3232,7 +3250,8 @@ def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: 
             with writing(args, "the result", partial, 4 * trained.size), trained.averaged():
                 save_results(args, accelerator, trained, dtype)
         if any(gather_object([signals.pending()])):
-            stop_run(run, signals.pending(), "the result")
+            save_checkpoint(run)  # with which `latest` has only the pictures and the card to make
+            stop_run(run, signals.pending(), f"the result and checkpoint-{state.step}")
     accelerator.free_memory()
     accelerator._custom_objects.clear()  # the average
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,8 +51,10 @@ def test_a_new_run_moves_what_an_earlier_one_left_and_latest_goes_on_with_the_ne
     assert f"Moved what an earlier run left to {earlier}" in caplog.text
     assert (earlier / weights).read_bytes() == old and (earlier / "README.md").read_text() == "mine"
     assert {"checkpoint-1", "checkpoint-4", "validation", "image_0.png", "contact_sheet.jpg"} <= names(earlier)
-    assert list(script.list_checkpoints(output)) == [2]
-    assert not names(output) & {"validation", "image_0.png", "contact_sheet.jpg", *script.ON_REQUEST}
+    assert {"step_000001_0.png", "step_000004_0.png"} <= names(earlier / "validation")
+    assert list(script.list_checkpoints(output)) == [2] and names(output / "validation") == set()
+    assert not names(output) & {"image_0.png", "contact_sheet.jpg", *script.ON_REQUEST}
+    (output / "validation" / "mine.png").write_bytes(b"")
     expected = load_file(run(script, *new, f"--output_dir={tmp_path / 'alone'}") / weights)
     run(script, *new, LATEST, EXTRA[script.__name__])
     found = load_file(output / weights)
@@ -61,8 +64,72 @@ def test_a_new_run_moves_what_an_earlier_one_left_and_latest_goes_on_with_the_ne
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_moves_the_later_ones(script: ModuleType, run: Run) -> None:
     output = run(script, "--max_train_steps=4", EVERY)
     run(script, "--max_train_steps=3", EVERY, "--resume_from_checkpoint=checkpoint-1", "--learning_rate=1e-2")
-    assert names(output / "earlier-1") == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+    assert names(output / "earlier-1") >= {
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-4",
+        WEIGHTS[script.__name__].split("/")[0],
+    }
     assert list(script.list_checkpoints(output)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("place", ["other/checkpoint-2", "out/earlier-1/checkpoint-2"])
+def test_a_run_that_goes_on_from_another_folder_does_not_mix_with_what_is_there(
+    script: ModuleType, run: Run, tmp_path: Path, place: str
+) -> None:
+    run(script, "--max_train_steps=3", EVERY, f"--output_dir={tmp_path / 'other'}")
+    output = run(script, "--max_train_steps=3", EVERY)
+    run(script, "--max_train_steps=3", EVERY, "--seed=4")  # the one before is in earlier-1
+    run(script, "--max_train_steps=3", EVERY, f"--resume_from_checkpoint={tmp_path / place}")
+    assert list(script.list_checkpoints(output)) == [3]
+    assert list(script.list_checkpoints(output / "earlier-2")) == [1, 2, 3]
+
+
+def test_a_finished_result_is_kept_where_other_flags_train_it_again(script: ModuleType, run: Run) -> None:
+    weights = WEIGHTS[script.__name__]
+    flags = ("--max_train_steps=4", "--checkpointing_steps=3")
+    output = run(script, *flags)
+    old = (output / weights).read_bytes()
+    run(script, *flags, LATEST, "--learning_rate=1e-1")
+    assert (output / "earlier-1" / weights).read_bytes() == old != (output / weights).read_bytes()
+
+
+def test_pictures_after_the_step_of_a_checkpoint_are_not_shown_once_it_goes_another_way(
+    script: ModuleType, run: Run
+) -> None:
+    flags = ("--validation_prompt=a dog", "--max_train_steps=3", EVERY)
+    output = run(script, *flags, "--validation_steps=1")
+    again = ("--resume_from_checkpoint=checkpoint-1", "--learning_rate=1e-1", "--validation_steps=3")
+    run(script, *flags, *again)
+    assert names(output / "validation") == {f"step_00000{step}_0.png" for step in (0, 1, 3)}
+    assert names(output / "earlier-1" / "validation") == {"step_000002_0.png", "step_000003_0.png"}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_not_said_to_differ(
+    script: ModuleType, run: Run, logged: dict[int, dict[str, float]], caplog: pytest.LogCaptureFixture
+) -> None:
+    output = run(script, EVERY, "--validation_loss")
+    path = output / "checkpoint-2" / script.STATE_FILE
+    content = json.loads(path.read_text())
+    facts = content["facts"]
+    facts["data"] = {"pictures and prompts": "5 (00000000)"} | {
+        name: value for name, value in facts["data"].items() if "pictures" not in name
+    }
+    del facts["state"]["owes_validation"]
+    content["checksum"] = zlib.crc32(json.dumps([content["files"], facts]).encode())
+    path.write_text(json.dumps(content))
+    caplog.clear()
+    run(script, "--max_train_steps=3", LATEST, "--validation_loss", "--validation_steps=3")
+    assert "Changed since" not in caplog.text and "validation_loss_relative" in logged[3]
+
+
+def test_a_relative_loss_outlives_a_part_without_it(
+    script: ModuleType, run: Run, logged: dict[int, dict[str, float]]
+) -> None:
+    run(script, EVERY, "--validation_loss")
+    run(script, EVERY, LATEST, "--max_train_steps=3")
+    run(script, EVERY, LATEST, "--max_train_steps=4", "--validation_loss", "--validation_steps=4")
+    assert "validation_loss_relative" in logged[4]
 
 
 def test_another_picture_under_the_name_of_an_earlier_one_is_told(
@@ -72,14 +139,14 @@ def test_another_picture_under_the_name_of_an_earlier_one_is_told(
     run(script, f"--instance_data_dir={folder}", EVERY)
     Image.new("RGB", (32, 32), "navy").save(folder / "dog_00.png")
     run(script, f"--instance_data_dir={folder}", "--max_train_steps=3", LATEST)
-    assert "Changed since checkpoint-2" in caplog.text and "pictures and prompts was '5 (" in caplog.text
+    assert "Changed since checkpoint-2" in caplog.text and "pictures was '5 (" in caplog.text
 
 
 def test_pictures_of_other_prompts_are_not_shown_under_the_new_ones(script: ModuleType, run: Run) -> None:
     flags = ("--validation_steps=1", EVERY)
     output = run(script, *flags, "--validation_prompt=a dog", "--num_validation_images=2", EXTRA[script.__name__])
     run(script, *flags, "--validation_prompt=a cat", "--validation_prompt=a dog", LATEST, "--max_train_steps=3")
-    assert names(output / "earlier-1") >= {"validation", "image_0.png", "image_1.png"}
+    assert names(output / "earlier-1") >= {"validation", "contact_sheet.jpg", "image_0.png", "image_1.png"}
     assert names(output / "validation") == {"step_000003_0.png", "step_000003_1.png"}
     with Image.open(output / "contact_sheet.jpg") as sheet:
         assert sheet.size == (64 + 2 * 256, 48 + 256)
@@ -113,6 +180,7 @@ def test_so_do_those_of_an_optimizer_for_each_weight(run: Run) -> None:
     import train_dreambooth_flux as script
 
     flags = ("--mixed_precision=bf16", "--full_bf16", "--fused_backward_pass", EVERY)
+    flags += ("--lr_scheduler=polynomial", "--lr_power=0.0", "--lr_warmup_steps=0")  # reads the optimizer's default
     run(script, *flags)
     again = ("--max_train_steps=3", "--learning_rate=1e-6", "--adam_weight_decay=0.5")
     output = run(script, *flags, *again, LATEST)
@@ -196,13 +264,20 @@ def test_two_runs_do_not_write_to_one_folder(
     run(script)
 
 
+def test_a_folder_that_a_run_has_made_is_locked_too(script: ModuleType, run: Run) -> None:
+    other = os.open(run(script), os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
+
+
 # What the training can do without
 
 
 def test_what_lies_in_the_way_of_pictures_does_not_end_the_training(
     script: ModuleType, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "set_aside", lambda *_: None)
+    monkeypatch.setattr(script, "set_aside", lambda *_, **__: None)
     output, flags = tmp_path / "out", ("--validation_prompt=a dog", "--validation_steps=1", "--train_batch_size=5")
     output.mkdir()
     (output / "validation").write_text("a file")
@@ -261,7 +336,33 @@ def test_a_result_that_was_not_written_names_the_checkpoints_there_are(
         run(script, EVERY)
 
 
+def test_a_run_whose_final_pictures_failed_is_not_finished(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = script.save_picture
+
+    def save(picture: Image.Image, path: Path) -> None:
+        if path.name.startswith("image_"):
+            raise OSError(28, "No space left on device")
+        plain(picture, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "save_picture", save)
+        output = run(script, "--validation_prompt=a dog", EVERY)
+    assert (output / "README.md").is_file() and not (output / script.RESULT_FILE).exists()
+    run(script, "--validation_prompt=a dog", EVERY, LATEST)
+    assert (output / "image_0.png").is_file() and (output / script.RESULT_FILE).is_file()
+
+
 # Stops
+
+
+def test_nohup_is_respected(script: ModuleType) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with script.StopSignals():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_during_the_saving_leaves_the_whole_result(
@@ -283,7 +384,9 @@ def test_a_signal_during_the_saving_leaves_the_whole_result(
         run(script, "--validation_prompt=a dog")
     assert stop.value.code == 128 + signal.SIGTERM
     assert "\nSIGTERM: stopping once this step is saved\n" in capfd.readouterr().err
-    assert "Stopped by SIGTERM at step 2; the result is saved. To go on: the same command" in caplog.text
+    assert (
+        "Stopped by SIGTERM at step 2; the result and checkpoint-2 is saved. To go on: the same command" in caplog.text
+    )
     assert (tmp_path / "out" / WEIGHTS[script.__name__]).is_file() and not (tmp_path / "out" / "image_0.png").exists()
 
 
@@ -356,14 +459,18 @@ def test_the_code_names_variant_and_revision_and_takes_any_folder(base_flags: li
 
     flags = ("--variant=fp16", "--revision=main", '--output_dir=a "dog"', "--pretrained_model_name_or_path=some/base")
     args = script.parse_args([*base_flags, *flags])
-    code = script.loading_code(args, args.output_dir)
+    code = script.loading_code(args, args.output_dir, args.pretrained_model_name_or_path)
     compile(code, "code", "exec")
     assert 'FluxPipeline.from_pretrained("some/base", revision="main", variant="fp16", torch_dtype' in code
     assert r'load_lora_weights("a \"dog\"", weight_name' in code
 
 
-def test_the_card_keeps_prompts_as_they_are_and_names_no_folder(script: ModuleType, run: Run, tiny_flux: Path) -> None:
-    card = (run(script, "--instance_prompt=/imagine a `sks` dog|cat") / "README.md").read_text()
+def test_the_card_keeps_prompts_as_they_are_and_names_no_folder(
+    script: ModuleType, run: Run, tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = run(script, "--instance_prompt=/imagine a `sks` dog|cat", "--output_dir=out")
+    card = (output / "README.md").read_text()
     assert r"| `--instance_prompt` | `` /imagine a `sks` dog\|cat `` |" in card
     assert str(tiny_flux.parent) not in card
 

@@ -127,9 +127,11 @@ def test_the_sheet_has_steps_down_and_prompts_across_and_goes_on_after_a_resume(
 
 def sheet_of(script: ModuleType, base_flags: list[str], folder: Path, steps: list[int], until: int) -> Any:
     for step in steps:
-        Image.new("RGB", (64, 32), (step % 256, 0, 255 - step % 256)).save(folder / f"step_{step:06d}_0.png")
-    args = script.parse_args([*base_flags, "--validation_prompt=a dog"])
-    return script.draw_contact_sheet(args, folder, until)
+        picture = folder / "validation" / f"step_{step:06d}_0.png"
+        picture.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 32), (step % 256, 0, 255 - step % 256)).save(picture)
+    args = script.parse_args([*base_flags, "--validation_prompt=a dog", f"--output_dir={folder}"])
+    return script.draw_contact_sheet(args, until)
 
 
 def test_the_sheet_leaves_out_pictures_of_later_steps_which_an_earlier_run_left(
