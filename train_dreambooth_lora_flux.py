@@ -3202,38 +3202,45 @@ def optimizer_fits(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return same and (before["processes"] == now["processes"] or not now["engine"].startswith("ZeRO"))
 
 
+def go_on(run: Run, checkpoint: Path, facts: dict[str, Any], changes: list[str]) -> None:
+    """Take the state of a checkpoint, which says `facts` of itself, as far as it fits; settings stay the flags'."""
+    args, trained, data = run.args, run.trained, run.data
+    fits = optimizer_fits(facts["data"], data.facts)
+    if fits:
+        # DeepSpeed's word, for the frozen are left out; the others load by way of the host, as some copy the state.
+        options = {"load_module_strict": False} if is_sharded(run.accelerator) else {"map_location": "cpu"}
+        with keep_options(trained.optimizer):
+            run.accelerator.load_state(str(checkpoint), **options)
+    else:
+        trained.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.bin"))
+    follow_flags(trained)
+    measured = facts["data"].get("validation pictures", data.facts["validation pictures"])
+    if not args.validation_loss:
+        data.facts["validation pictures"] = measured
+    elif measured != data.facts["validation pictures"]:
+        run.state.untrained_loss = None
+    if trained.ema is not None:  # which came back on the CPU, with the decay that it had
+        trained.ema.to(run.accelerator.device)
+        trained.ema.decay = args.ema_decay
+    kept = "everything" if fits else "the weights and the schedule, not the optimizer's state"
+    logger.info(f"Resuming from {checkpoint} at step {run.state.step} of {args.max_train_steps}, with {kept}")
+    for change in changes:
+        logger.warning(f"Changed since {checkpoint.name}, so this run is not the one it would have been: {change}")
+
+
 def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: Any, state: RunState) -> None:
     """Load, train, save: when this returns, the memory of the training is free."""
     checkpoint, facts = resumed or (None, {"data": data.facts})
     changes = [] if checkpoint is None else list(changes_since(args, facts, data.facts))
-    fits = optimizer_fits(facts["data"], data.facts)
     with stage(args, accelerator, "Loading the transformer"):
-        trained = prepare_training(args, accelerator, state.seed, None if fits else checkpoint)
+        weights = None if optimizer_fits(facts["data"], data.facts) else checkpoint
+        trained = prepare_training(args, accelerator, state.seed, weights)
         if args.use_ema:
             trained.ema = EMAModel([parameter.float() for parameter in trained.parameters], args.ema_decay)
             accelerator.register_for_checkpointing(trained.ema)
-    if checkpoint is not None:
-        if fits:
-            # DeepSpeed's word, for the frozen are left out; the others load by way of the host, as some copy the state.
-            options = {"load_module_strict": False} if is_sharded(accelerator) else {"map_location": "cpu"}
-            with keep_options(trained.optimizer):
-                accelerator.load_state(str(checkpoint), **options)
-        else:
-            trained.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.bin"))
-        follow_flags(trained)
-        measured = facts["data"].get("validation pictures", data.facts["validation pictures"])
-        if not args.validation_loss:
-            data.facts["validation pictures"] = measured
-        elif measured != data.facts["validation pictures"]:
-            state.untrained_loss = None
-        if trained.ema is not None:  # which came back on the CPU, with the decay that it had
-            trained.ema.to(accelerator.device)
-            trained.ema.decay = args.ema_decay
-        kept = "everything" if fits else "the weights and the schedule, not the optimizer's state"
-        logger.info(f"Resuming from {checkpoint} at step {state.step} of {args.max_train_steps}, with {kept}")
-        for change in changes:
-            logger.warning(f"Changed since {checkpoint.name}, so this run is not the one it would have been: {change}")
     run = Run(args, accelerator, data, trained, state)
+    if checkpoint is not None:
+        go_on(run, checkpoint, facts, changes)
     schedule = make_schedule(args, accelerator, data.dataset, state)
     if accelerator.is_main_process:
         own = checkpoint is not None and checkpoint.resolve().parent == Path(args.output_dir).resolve()
