@@ -135,7 +135,7 @@ WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 ON_REQUEST = ["image_*.png", KOHYA_FILE]
-RESULTS = ["README.md", SHEET_FILE, CURVE_FILE, LORA_FILE, *ON_REQUEST]  # all that is pushed
+RESULTS = ["README.md", CURVE_FILE, LORA_FILE, *ON_REQUEST]  # what is pushed, beside the contact sheet
 KOHYA_LAYERS = {  # kohya's layers, and those here that each of them fuses, in order
     "transformer_blocks": {
         "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"], "img_attn_proj": ["attn.to_out.0"],
@@ -700,10 +700,13 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
         raise UsageError(f"--image_column is {args.image_column!r}, which does not hold pictures")
     captions = list(dataset[args.caption_column]) if args.caption_column else [None] * len(dataset)
     wrong = [str(row) for row, caption in enumerate(captions) if not isinstance(caption, str | None)]
-    missing = [str(row) for row, caption in enumerate(captions) if not (caption or "").strip()] if not wrong else []
-    if wrong or (missing and not args.instance_prompt):
-        told = f"--caption_column is {args.caption_column!r}, which has no text in row {shorten(wrong or missing)}"
-        raise UsageError(told if wrong else f"{told}; write it, or give --instance_prompt for these")
+    if wrong:
+        raise UsageError(f"--caption_column is {args.caption_column!r}, which has no text in row {shorten(wrong)}")
+    captions = [(caption or "").strip() for caption in captions]
+    missing = [str(row) for row, caption in enumerate(captions) if not caption]
+    if missing and not args.instance_prompt:
+        told = f"--caption_column is {args.caption_column!r}, which has no text in row {shorten(missing)}"
+        raise UsageError(f"{told}; write it, or give --instance_prompt for these")
     if missing and args.caption_column:
         logger.warning(f"{len(missing)} pictures take --instance_prompt for a caption: rows {shorten(missing)}")
     if len(dataset) == 0:
@@ -711,9 +714,7 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
     images = dataset.select_columns(args.image_column)
     return [
         Picture(
-            f"row {row}",
-            functools.partial(open_row, images, row, args.image_column),
-            caption if caption and caption.strip() else args.instance_prompt,
+            f"row {row}", functools.partial(open_row, images, row, args.image_column), caption or args.instance_prompt
         )
         for row, caption in enumerate(captions)
     ]
@@ -1767,7 +1768,7 @@ def set_aside(args: Namespace, step: int, facts: dict[str, Any] | None, changed:
     if left:
         free = (output / f"earlier-{number}" for number in itertools.count(1))
         folder = next(path for path in free if not path.exists())
-        for path in dict.fromkeys(left):
+        for path in left:
             target = folder / path.relative_to(output)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
@@ -2578,12 +2579,13 @@ def create_repository(args: Namespace) -> str:
 
 def push_to_hub(args: Namespace, repo_id: str) -> None:
     """Upload the result, the card and its pictures: no checkpoints, no logs."""
+    pushed = [*RESULTS, SHEET_FILE]
     try:
         HfApi(token=args.hub_token).upload_folder(
-            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=RESULTS, commit_message="End of training"
+            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=pushed, commit_message="End of training"
         )
     except Exception as error:  # whatever it is, the result must not be lost with it
-        include = " ".join(f"--include={shlex.quote(pattern)}" for pattern in RESULTS)
+        include = " ".join(f"--include={shlex.quote(pattern)}" for pattern in pushed)
         raise RunError(
             f"the upload to {repo_id} failed ({error}). The result is whole in {args.output_dir}; to push again: "
             f"hf upload {repo_id} {shlex.quote(args.output_dir)} . {include}"

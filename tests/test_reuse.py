@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,18 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, float]]:
     steps: dict[int, dict[str, float]] = {}
     monkeypatch.setattr(Accelerator, "log", lambda _, values, step: steps.setdefault(step, {}).update(values))
     return steps
+
+
+def stopping_at(script: ModuleType, step: int) -> Callable[..., Any]:
+    """`log_step`, and a signal after that step."""
+    plain = script.log_step
+
+    def log_step(run: Any, *given: Any) -> Any:
+        if run.state.step == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain(run, *given)
+
+    return log_step
 
 
 def test_a_new_run_moves_what_an_earlier_one_left_and_latest_goes_on_with_the_new(
@@ -83,6 +96,18 @@ def test_a_run_that_goes_on_from_another_folder_does_not_mix_with_what_is_there(
     run(script, "--max_train_steps=3", EVERY, f"--resume_from_checkpoint={tmp_path / place}")
     assert list(script.list_checkpoints(output)) == [3]
     assert list(script.list_checkpoints(output / "earlier-2")) == [1, 2, 3]
+
+
+def test_a_changed_run_that_goes_on_keeps_its_sheet(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped before its end, so there is nothing to move."""
+    flags = ("--validation_prompt=a dog", "--validation_steps=1", "--skip_final_inference", EVERY)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(script, "log_step", stopping_at(script, 1))
+        run(script, *flags)
+    output = run(script, *flags, LATEST, "--learning_rate=1e-3")
+    assert not (output / "earlier-1").exists() and (output / script.SHEET_FILE).is_file()
 
 
 def test_a_finished_result_is_kept_where_other_flags_train_it_again(script: ModuleType, run: Run) -> None:
@@ -394,15 +419,8 @@ def test_a_validation_that_a_stop_left_out_is_made_on_resume(
     script: ModuleType, run: Run, logged: dict[int, dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--validation_loss", "--validation_steps=2", "--max_train_steps=5")
-    plain = script.log_step
-
-    def log_step(of: Any, *given: Any) -> Any:
-        if of.state.step == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)  # seen in the second step
-        return plain(of, *given)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(script, "log_step", log_step)
+        patch.setattr(script, "log_step", stopping_at(script, 1))  # seen in the second step
         run(script, *flags)
     assert "validation_loss" not in logged[2]
     run(script, *flags, LATEST)
