@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -205,11 +206,14 @@ def config(folder: Path, **settings: int) -> str:
     return str(folder)
 
 
-def test_a_base_is_a_folder_whose_sizes_fit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_the_hub", [False, True])
+def test_a_base_is_a_folder_or_on_the_hub(on_the_hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, layers = tmp_path / "a.safetensors", [f"{SINGLE}.attn.to_k"]
     save_file({f"transformer.{key}": tensor for key, tensor in random_lora(layers).items()}, source)
     base = config(tmp_path / "base", num_attention_heads=2, attention_head_dim=DIM // 2)
-    main([str(source), "--base", base])
+    files = {("some/model", "transformer/config.json"): f"{base}/transformer/config.json"}
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: files[names])
+    main([str(source), "--base", "some/model" if on_the_hub else base])
     check(load_file(tmp_path / "a_kohya.safetensors"), random_lora(layers), {layers[0]: 1.0})
 
 
@@ -229,6 +233,11 @@ GOOD = {f"{LAYER}.lora_A.weight": torch.ones(RANK, DIM), f"{LAYER}.lora_B.weight
         ({f"{LAYER}.lora_A.weight": torch.ones(RANK, DIM)}, None, "the file is damaged"),
         (GOOD | {f"{LAYER}.lora_B.weight": torch.ones(DIM, 3)}, None, "the file is damaged"),
         (GOOD | {f"{LAYER}.lora_B.weight": torch.ones(5, RANK)}, None, r"\(8, 5\) inputs and outputs, not \(8, 8\)"),
+        (
+            GOOD | {f"transformer.{DOUBLE}.attn.to_k.lora_{x}.weight": torch.ones(4, 4) for x in "AB"},
+            None,
+            r"to_k has \(4, 4\) inputs and outputs, not \(8, 8\)",
+        ),
         (GOOD | {f"{LAYER}.alpha": torch.tensor(1.0)}, {"transformer.lora_alpha": 4}, "beside the metadata's"),
         ({"lora_unet_img_in.lora_down.weight": torch.ones(RANK, DIM)}, None, r"no layer of FLUX.1 .*'lora_unet_img_in"),
         ({"transformer.proj_out.lora_A.weight": torch.ones(1)} | GOOD, None, "transformer.proj_out has"),
@@ -248,9 +257,10 @@ def test_errors_are_one_line_and_nothing_is_written(tmp_path: Path, capsys: pyte
     save_file(GOOD, tmp_path / "text.safetensors", {"lora_adapter_metadata": "{"})
     other, empty = config(tmp_path / "other", num_attention_heads=2, attention_head_dim=DIM), config(tmp_path / "empty")
     cases = {
-        (str(tmp_path / "gone.safetensors"),): "gone.safetensors",
+        (str(tmp_path / "gone.safetensors"),): "gone.safetensors is not a file; give the",
         (str(broken),): "broken.safetensors is damaged",
         (str(tmp_path / "text.safetensors"),): "text.safetensors is damaged",
+        (str(tmp_path / "other"),): "other is not a file; give the",
         (str(source), str(source)): "not overwritten; give another OUTPUT",
         (str(source), str(tmp_path / "link.safetensors")): "not overwritten; give another OUTPUT",
         (str(source), str(tmp_path / "no" / "k.safetensors")): "No such file",

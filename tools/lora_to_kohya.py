@@ -132,17 +132,17 @@ def convert(
         pairs = {name: layers[name] for name in members if name in layers}
         scales = {name: scale_of(name, pair, metadata or {}) for name, pair in pairs.items()}
         scale = max(scales.values()) or 1.0  # one alpha for all; what differs goes into B
-        down = torch.cat([pair["down"] for pair in pairs.values()])
-        width = dim or down.shape[1]
+        width = dim or next(iter(pairs.values()))["down"].shape[1]
         rows = {name: 4 * width if name.endswith("proj_mlp") else width for name in members}
-        ups = {name: down.new_zeros(rows[name], 0) for name in members}
+        ups = {name: torch.zeros(rows[name], 0, dtype=torch.bool) for name in members}  # bool: takes the others' dtype
         for name, pair in pairs.items():
-            sizes = (down.shape[1], len(pair["up"]))
+            sizes = (pair["down"].shape[1], len(pair["up"]))
             if len(members) > 1 and sizes != (width, rows[name]):
                 raise ValueError(
                     f"{name} has {sizes} inputs and outputs, not {(width, rows[name])}: it is for another model"
                 )
             ups[name] = pair["up"] if scales[name] == scale else pair["up"] * (scales[name] / scale)
+        down = torch.cat([pair["down"] for pair in pairs.values()])
         out |= {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": torch.block_diag(*ups.values())}
         out[f"{kohya}.alpha"] = torch.tensor(scale * len(down))
     return out
@@ -167,6 +167,8 @@ def convert_file(source: Path, output: Path, base: str | None) -> int:
     Raises:
         OSError, ValueError: if that cannot be done; then there is no new file, and an older OUTPUT is as it was.
     """
+    if not source.is_file():
+        raise ValueError(f"{source} is not a file; give the .safetensors file of a LoRA")
     if output.exists() and output.samefile(source):
         raise ValueError(f"{output} is the INPUT, which is not overwritten; give another OUTPUT")
     try:
