@@ -1,5 +1,6 @@
 # make demo    train a LoRA on a tiny random checkpoint, start to end, on the CPU
 # make test    all tests, offline, on the CPU
+# make quick   the tests of numbers, data and flags, within a minute: for who edits a script
 # make faults  the long fault injection: 30 kills of each script, each resumed
 # make check   ruff, mypy, and that the two scripts still share their text
 
@@ -10,7 +11,10 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
 	--num_cpu_threads_per_process=$(CORES)
 
-.PHONY: demo test faults check clean
+PYTEST := $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
+QUICK := accumulation arguments buckets captions examples images optimizer pipeline_agreement shared_code step unchanged
+
+.PHONY: demo test quick faults check clean
 
 demo: $(VENV)/installed
 	@rm -rf demo
@@ -31,7 +35,10 @@ demo: $(VENV)/installed
 	@echo "Next: the same command on FLUX.1 [dev] and your pictures, in README.md under 'The real thing'."
 
 test: $(VENV)/tools
-	$(BIN)/python -m pytest -n $(CORES) --dist loadfile
+	$(PYTEST)
+
+quick: $(VENV)/tools
+	$(PYTEST) $(QUICK:%=tests/test_%.py)
 
 faults: $(VENV)/tools
 	FLUX_FAULTS=30 $(BIN)/python -m pytest tests/test_faults.py

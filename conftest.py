@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +38,34 @@ SCRIPTS = {"full": train_dreambooth_flux, "lora": train_dreambooth_lora_flux}
 Run = Callable[..., Path]
 
 
+one_script = pytest.mark.scripts(1)  # what is tested is the same text in both scripts
+both_scripts = pytest.mark.scripts(2)  # what is trained, saved, loaded, held in memory, or in which precision
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test that takes `script` one script or both, as its closest mark says; without a mark both.
+
+    Which one is drawn from the test's name, so that either script runs about half of what they share.
+    """
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "script" not in metafunc.fixturenames or any("script" in names or names == "script" for names in given):
+        return
+    mark = metafunc.definition.get_closest_marker("scripts", both_scripts.mark)
+    kinds = list(SCRIPTS)
+    if mark.args == (1,):
+        kinds = [kinds[zlib.crc32(metafunc.function.__name__.encode()) % 2]]
+    metafunc.parametrize("script", [SCRIPTS[kind] for kind in kinds], ids=kinds)
+
+
+LONGEST = ("engines", "signals", "processes", "faults", "memory", "resume", "learning")  # about a minute each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: none of them is still running when the other workers have nothing left to do."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(HOME, ignore_errors=True)
 
@@ -60,12 +89,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     random_flux.write_pictures(folder)
     return folder
-
-
-@pytest.fixture(params=list(SCRIPTS))
-def script(request: pytest.FixtureRequest) -> ModuleType:
-    """Each of the two scripts in turn."""
-    return SCRIPTS[request.param]
 
 
 @pytest.fixture(autouse=True)

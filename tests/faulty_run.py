@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests.processes import PATIENCE, default_signals
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_dreambooth_flux", "train_dreambooth_lora_flux")
 
@@ -42,18 +44,20 @@ class Forker:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, script: str, argv: list[str], fault: dict[str, Any] | None = None) -> tuple[int, Path]:
-        """Start a run; returns the number of its process, and the file of what it prints."""
+    def start(
+        self, script: str, argv: list[str], fault: dict[str, Any] | None = None, ignored: tuple[int, ...] = ()
+    ) -> tuple[int, Path]:
+        """Start a run that ignores some signals; returns the number of its process, and the file of what it prints."""
         self.runs += 1
         log = self.folder / f"run-{self.runs}.txt"
         log.touch()
-        return self.ask(start=script, argv=argv, log=str(log), fault=fault), log
+        return self.ask(start=script, argv=argv, log=str(log), fault=fault, ignored=ignored), log
 
     def poll(self, pid: int) -> int | None:
         """The exit code, negative for a signal, or None while the run goes on."""
         return self.ask(poll=pid)
 
-    def wait(self, pid: int, seconds: float = 120) -> int:
+    def wait(self, pid: int, seconds: float = PATIENCE) -> int:
         end = time.monotonic() + seconds
         while (code := self.poll(pid)) is None:
             if time.monotonic() > end:
@@ -65,7 +69,7 @@ class Forker:
     def close(self) -> None:
         if self.process.stdin:
             self.process.stdin.close()
-        self.process.wait(60)
+        self.process.wait(PATIENCE)
 
 
 class Faults:
@@ -145,9 +149,10 @@ def main_block(script: ModuleType) -> Any:
     return compile(ast.Module(block.body, []), str(path), "exec")
 
 
-def run(script: ModuleType, argv: list[str], log: str, fault: dict[str, Any] | None) -> int:
+def run(script: ModuleType, argv: list[str], log: str, fault: dict[str, Any] | None, ignored: tuple[int, ...]) -> int:
     """In the new process: print to `log`, and run the script until it ends or is ended."""
     os.setsid()
+    default_signals(ignored)
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (file, 1), (file, 2)):
@@ -182,8 +187,8 @@ def serve() -> None:
         if "start" in question:
             pid = os.fork()
             if pid == 0:
-                script = scripts[question["start"]]
-                os._exit(run(script, question["argv"], question["log"], question["fault"]))
+                script = scripts[question.pop("start")]
+                os._exit(run(script, **question))
             answer: int | None = pid
         else:
             pid = question["poll"]

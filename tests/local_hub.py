@@ -171,5 +171,5 @@ class Handler(BaseHTTPRequestHandler):
 def serve(state: HubState) -> ThreadingHTTPServer:
     """Serve `state` on a free port of 127.0.0.1, in a thread, until `shutdown` and `server_close`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"state": state}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return server

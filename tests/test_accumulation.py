@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import Run
+from conftest import Run, both_scripts, one_script
+
+pytestmark = one_script
 
 # Without clipping, and with an epsilon above most gradients, an update is nearly proportional to its gradient: a wrong
 # scale shows, and the order of a sum is not blown up. Step by step AdamW's own 1e-8 takes a gradient's sign.
@@ -81,29 +83,29 @@ def kind_flags(request: pytest.FixtureRequest) -> list[str]:
     return request.getfixturevalue("prior_flags") if request.param == "prior" else []
 
 
+@both_scripts
 @pytest.mark.parametrize(("whole", "part"), SPLITS)
-def test_micro_batches_train_as_one_batch(
-    script: ModuleType, run: Run, tmp_path: Path, kind_flags: list[str], whole: int, part: int
+def test_micro_batches_train_and_log_as_one_batch(
+    script: ModuleType,
+    run: Run,
+    tmp_path: Path,
+    kind_flags: list[str],
+    logged: list[dict[str, float]],
+    whole: int,
+    part: int,
 ) -> None:
     def train(name: str, *flags: str) -> Tensor:
         return saved_weights(run(script, *kind_flags, *LINEAR, *flags, f"--output_dir={tmp_path / name}"))
 
-    start = train("start", *batch_flags(4, 1), "--learning_rate=0")
+    start = train("start", *batch_flags(4, 1), "--learning_rate=0", "--max_train_steps=1")
+    logged.clear()
     expected = train("whole", *batch_flags(whole, 1))
     got = train("parts", *batch_flags(part, whole // part))
     assert (got - expected).norm() < 1e-5 * (expected - start).norm()
-
-
-@pytest.mark.parametrize(("whole", "part"), SPLITS)
-def test_micro_batches_log_as_one_batch(
-    script: ModuleType, run: Run, kind_flags: list[str], logged: list[dict[str, float]], whole: int, part: int
-) -> None:
-    run(script, *kind_flags, *LINEAR, *batch_flags(whole, 1))
-    run(script, *kind_flags, *LINEAR, *batch_flags(part, whole // part))
     assert len(logged) == 6
-    for expected, got in zip(logged[:3], logged[3:], strict=True):
-        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    for one, other in zip(logged[:3], logged[3:], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
 
 
 def test_the_logged_loss_is_the_mean_over_the_pictures_of_the_step(

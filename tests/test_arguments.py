@@ -1,19 +1,18 @@
 """The command line: every flag with its type and default, every contradiction refused in one message, help by group."""
 
 import contextlib
+import itertools
 import json
 import re
-import resource
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-import train_dreambooth_lora_flux
+from conftest import both_scripts, one_script
+
+pytestmark = one_script
 
 ROOT = Path(__file__).parent.parent
 FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
@@ -70,6 +69,7 @@ def refusal(script: ModuleType, capsys: pytest.CaptureFixture[str], *flags: str)
     return message
 
 
+@both_scripts
 def test_defaults_are_those_of_the_list(script: ModuleType) -> None:
     required = [row["flag"] for row in rows(script) if row.get("required")]
     args = vars(script.make_parser().parse_args([f"{flag}=given" for flag in required]))
@@ -77,6 +77,7 @@ def test_defaults_are_those_of_the_list(script: ModuleType) -> None:
     assert {flag: args[dest(flag)] for flag in wanted} == wanted
 
 
+@both_scripts
 def test_values_are_read_as_the_type_of_the_list(script: ModuleType) -> None:
     values: dict[str, tuple[str, Any]] = {"int": ("7", 7), "float": ("0.25", 0.25), "str": ("some words", "some words")}
     got: dict[str, Any] = {}
@@ -98,6 +99,7 @@ def test_values_are_read_as_the_type_of_the_list(script: ModuleType) -> None:
     assert {flag: type(value) for flag, value in got.items()} == {flag: type(value) for flag, value in wanted.items()}
 
 
+@both_scripts
 def test_whole_numbers_take_no_fractions(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     whole = [row["flag"] for row in rows(script) if row.get("type") == "int"]
     assert len(whole) > 10
@@ -105,6 +107,7 @@ def test_whole_numbers_take_no_fractions(script: ModuleType, capsys: pytest.Capt
         assert flag in refusal(script, capsys, f"{flag}=2.5")
 
 
+@both_scripts
 def test_choices_are_those_of_the_list(script: ModuleType) -> None:
     wanted = {row["flag"]: row.get("choices") for row in rows(script)} | {"--lr_scheduler": SCHEDULES}
     assert {flag: choices(script, flag) for flag in wanted} == wanted
@@ -122,6 +125,7 @@ def test_other_choices_are_refused(script: ModuleType, capsys: pytest.CaptureFix
         assert flag in message and "junk" in message
 
 
+@both_scripts
 def test_required_flags_are_those_of_the_list(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         script.parse_args([])
@@ -130,23 +134,23 @@ def test_required_flags_are_those_of_the_list(script: ModuleType, capsys: pytest
     assert set(re.findall(r"--\w+", message)) == {row["flag"] for row in rows(script) if row.get("required")}
 
 
-@pytest.mark.parametrize("flag", BOOLEANS)
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("True", True), ("false", False), ("False", False)])
-def test_a_boolean_means_what_it_says(script: ModuleType, flag: str, text: str, value: bool) -> None:
-    assert parsed(script, flag, text)[dest(flag)] is value
+def test_a_boolean_means_what_it_says(script: ModuleType) -> None:
+    words = {"true": True, "True": True, "false": False, "False": False}
+    for flag, (text, value) in itertools.product(BOOLEANS, words.items()):
+        assert parsed(script, flag, text)[dest(flag)] is value, (flag, text)
 
 
-@pytest.mark.parametrize("flag", BOOLEANS)
-@pytest.mark.parametrize("text", ["maybe", "2", ""])
-def test_a_boolean_refuses_junk(script: ModuleType, capsys: pytest.CaptureFixture[str], flag: str, text: str) -> None:
-    message = refusal(script, capsys, flag, text)
-    assert flag in message and f"got {text} but expected" in message and "true/false" in message
+def test_a_boolean_refuses_junk(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, text in itertools.product(BOOLEANS, ["maybe", "2", ""]):
+        message = refusal(script, capsys, flag, text)
+        assert flag in message and f"got {text} but expected" in message and "true/false" in message
 
 
 def test_a_misspelt_flag_is_refused_by_name(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--validation_promt" in refusal(script, capsys, "--validation_promt=a dog")
 
 
+@both_scripts
 def test_adapter_flags_belong_to_the_lora_script(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for flag, value in (("--rank", 8), ("--lora_alpha", 8), ("--lora_dropout", 0.5), ("--lora_layers", "attn.to_q")):
         if "lora" in script.__name__:
@@ -230,20 +234,12 @@ REFUSED_ADAPTERS: list[tuple[str, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "words"), REFUSED, ids=[flags for flags, _ in REFUSED])
-def test_what_cannot_work_is_refused_by_name(
-    script: ModuleType, capsys: pytest.CaptureFixture[str], flags: str, words: list[str]
-) -> None:
-    message = refusal(script, capsys, *flags.split())
-    assert [word for word in words if word not in message] == []
-
-
-@pytest.mark.parametrize(("flags", "words"), REFUSED_ADAPTERS, ids=[flags for flags, _ in REFUSED_ADAPTERS])
-def test_adapters_that_cannot_work_are_refused_by_name(
-    capsys: pytest.CaptureFixture[str], flags: str, words: list[str]
-) -> None:
-    message = refusal(train_dreambooth_lora_flux, capsys, *flags.split())
-    assert [word for word in words if word not in message] == []
+@both_scripts
+def test_what_cannot_work_is_refused_by_name(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    table = [*REFUSED, *(REFUSED_ADAPTERS if "lora" in script.__name__ else [])]
+    for flags, words in table:
+        message = refusal(script, capsys, *flags.split())
+        assert [word for word in words if word not in message] == [], (flags, message)
 
 
 def test_no_number_may_be_nan(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,27 +252,23 @@ def test_no_number_may_be_nan(script: ModuleType, capsys: pytest.CaptureFixture[
     assert accepted == []
 
 
-@pytest.mark.parametrize(
-    ("flags", "package"),
-    [
-        ("--use_8bit_adam", "bitsandbytes"),
-        ("--optimizer=prodigy", "prodigyopt"),
-        ("--instance_data_dir= --dataset_name=dogs", "datasets"),
-        ("--enable_npu_flash_attention", "torch_npu"),
-        ("--report_to=tensorboard", "tensorboard"),
-        ("--report_to=wandb", "wandb"),
-    ],
-)
+PACKAGES = {
+    "--use_8bit_adam": "bitsandbytes",
+    "--optimizer=prodigy": "prodigyopt",
+    "--instance_data_dir= --dataset_name=dogs": "datasets",
+    "--enable_npu_flash_attention": "torch_npu",
+    "--report_to=tensorboard": "tensorboard",
+    "--report_to=wandb": "wandb",
+}
+
+
 def test_a_flag_whose_package_is_missing_says_what_to_install(
-    script: ModuleType,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    flags: str,
-    package: str,
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, "find_spec", lambda name: None)
-    message = refusal(script, capsys, "--report_to=none", *flags.split())
-    assert flags.split()[-1].split("=dogs")[0] in message and f"pip install {package}" in message
+    for flags, package in PACKAGES.items():
+        message = refusal(script, capsys, "--report_to=none", *flags.split())
+        assert flags.split()[-1].split("=dogs")[0] in message and f"pip install {package}" in message, flags
 
 
 def test_packages_that_no_flag_needs_may_be_missing(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,32 +284,32 @@ def test_all_mistakes_are_told_at_once(script: ModuleType, capsys: pytest.Captur
         assert sum(flag in line for line in told) == 1
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--resolution", 16),
-        ("--resolution", 1008),
-        ("--max_sequence_length", 1),
-        ("--max_sequence_length", 512),
-        ("--max_grad_norm", 0.0),
-        ("--learning_rate", 0.0),
-        ("--prior_loss_weight", 0.0),
-        ("--dataloader_num_workers", 0),
-        ("--lr_warmup_steps", 0),
-        ("--adam_beta1", 0.0),
-        ("--logit_mean", -1.0),
-        ("--checkpoints_total_limit", 1),
-        ("--hub_model_id", "owner/name"),
-        ("--optimizer", "Prodigy"),
-        ("--mixed_precision", "bf16"),
-        ("--aspect_ratio_buckets", "16,1008"),
-        ("--aspect_ratio_buckets", "auto"),
-        ("--flow_shift", 3.0),
-        ("--flow_shift", "dynamic"),
-    ],
-)
-def test_the_edge_of_a_range_is_inside(script: ModuleType, flag: str, value: Any) -> None:
-    assert vars(script.parse_args([*BASE, f"{flag}={value}"]))[dest(flag)] == value
+EDGES: list[tuple[str, Any]] = [
+    ("--resolution", 16),
+    ("--resolution", 1008),
+    ("--max_sequence_length", 1),
+    ("--max_sequence_length", 512),
+    ("--max_grad_norm", 0.0),
+    ("--learning_rate", 0.0),
+    ("--prior_loss_weight", 0.0),
+    ("--dataloader_num_workers", 0),
+    ("--lr_warmup_steps", 0),
+    ("--adam_beta1", 0.0),
+    ("--logit_mean", -1.0),
+    ("--checkpoints_total_limit", 1),
+    ("--hub_model_id", "owner/name"),
+    ("--optimizer", "Prodigy"),
+    ("--mixed_precision", "bf16"),
+    ("--aspect_ratio_buckets", "16,1008"),
+    ("--aspect_ratio_buckets", "auto"),
+    ("--flow_shift", 3.0),
+    ("--flow_shift", "dynamic"),
+]
+
+
+def test_the_edge_of_a_range_is_inside(script: ModuleType) -> None:
+    for flag, value in EDGES:
+        assert vars(script.parse_args([*BASE, f"{flag}={value}"]))[dest(flag)] == value, flag
 
 
 NOTES: list[tuple[str, list[str]]] = [
@@ -336,25 +328,22 @@ NOTES: list[tuple[str, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "words"), NOTES, ids=[flags for flags, _ in NOTES])
-def test_what_works_otherwise_than_it_seems_is_noted_once(script: ModuleType, flags: str, words: list[str]) -> None:
-    (note,) = script.notes_on_args(script.parse_args([*BASE, *flags.split()]))
-    assert [word for word in words if word not in note] == []
+def test_what_works_otherwise_than_it_seems_is_noted_once(script: ModuleType) -> None:
+    for flags, words in NOTES:
+        (note,) = script.notes_on_args(script.parse_args([*BASE, *flags.split()]))
+        assert [word for word in words if word not in note] == [], flags
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
+def test_what_works_as_it_seems_is_not_noted(script: ModuleType) -> None:
+    for flags in (
         "",
         "--with_prior_preservation --class_data_dir=pets --class_prompt=dog",
         "--use_8bit_adam --train_text_encoder",
         "--optimizer=prodigy --learning_rate=1",
         "--cache_latents --center_crop",
         "--instance_data_dir= --dataset_name=dogs --caption_column=text",
-    ],
-)
-def test_what_works_as_it_seems_is_not_noted(script: ModuleType, flags: str) -> None:
-    assert list(script.notes_on_args(script.parse_args([*BASE, *flags.split()]))) == []
+    ):
+        assert list(script.notes_on_args(script.parse_args([*BASE, *flags.split()]))) == [], flags
 
 
 def test_settings_are_all_flags_but_the_token(script: ModuleType) -> None:
@@ -383,6 +372,7 @@ def help_sections(script: ModuleType) -> dict[str, list[str]]:
     return found
 
 
+@both_scripts
 def test_help_is_grouped_by_topic(script: ModuleType) -> None:
     sections = help_sections(script)
     assert sections.pop("options") == ["--help"]
@@ -393,6 +383,7 @@ def test_help_is_grouped_by_topic(script: ModuleType) -> None:
     assert {name: [flag for flag in flags if flag in sections[name]] for name, flags in GROUPS.items()} == GROUPS
 
 
+@both_scripts
 def test_help_tells_of_every_flag_what_it_does(script: ModuleType) -> None:
     actions = script.make_parser()._actions
     assert [action.dest for action in actions if not (action.help or "").strip()] == []
@@ -403,42 +394,3 @@ def test_help_shows_the_defaults_that_say_something(script: ModuleType) -> None:
     assert re.search(r"--repeats REPEATS [^(]*\(default: 1\)", text)
     assert re.search(r"--weighting_scheme \{[^}]*\} [^(]*\(default: none\)", text)
     assert "default: None" not in text and "default: False" not in text and "%(" not in text
-
-
-@contextlib.contextmanager
-def processor_seconds() -> Iterator[list[float]]:
-    """Appends the processor time that finished child processes took: other work on the machine does not count."""
-    taken: list[float] = []
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    yield taken
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-
-
-HELP = (["--help"], 0, "--instance_prompt")
-WRONG_FLAG = ([*BASE, "--repeats=0"], 2, "error: --repeats is 0")
-WRONG_FOLDER = ([*BASE, "--report_to=none"], 2, "error: --instance_data_dir is 'dogs'")
-
-
-@pytest.mark.parametrize(
-    ("name", "flags", "code", "told"),
-    [
-        ("train_dreambooth_flux.py", *HELP),
-        ("train_dreambooth_flux.py", *WRONG_FLAG),
-        ("train_dreambooth_lora_flux.py", *HELP),
-        ("train_dreambooth_lora_flux.py", *WRONG_FLAG),
-        ("train_dreambooth_lora_flux.py", *WRONG_FOLDER),
-    ],
-    ids=["full help", "full wrong flag", "lora help", "lora wrong flag", "lora wrong folder"],
-)
-def test_a_real_process_answers_at_once(
-    tmp_path: Path, tiny_flux: Path, name: str, flags: list[str], code: int, told: str
-) -> None:
-    command = [sys.executable, str(ROOT / name), *flags, f"--pretrained_model_name_or_path={tiny_flux}"]
-    with processor_seconds() as seconds:
-        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == code
-    assert told in (ended.stderr if code else ended.stdout)
-    assert "Traceback" not in ended.stderr
-    assert seconds[0] < 10
-    assert list(tmp_path.iterdir()) == []

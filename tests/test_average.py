@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import Run
+from conftest import Run, both_scripts, one_script
 from tests.test_checkpoints import WEIGHTS
+
+pytestmark = one_script
 
 FLAGS = ("--learning_rate=1e-2", "--max_train_steps=5", "--train_batch_size=2")
 
@@ -54,6 +56,7 @@ def average(steps: list[list[Tensor]], decay: float) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("decay", [0.99, 0.2])
+@both_scripts
 def test_the_result_is_the_moving_average_of_the_steps(
     script: ModuleType, run: Run, steps: list[list[Tensor]], result: list[Tensor], decay: float
 ) -> None:
@@ -93,6 +96,7 @@ def test_validation_sees_the_average_and_leaves_the_live_weights(
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
+@both_scripts
 def test_a_resumed_run_ends_with_the_average_of_the_run_never_stopped(
     script: ModuleType, run: Run, tmp_path: Path, result: list[Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 import random_flux
 import train_dreambooth_lora_flux
-from benchmarks import memory_curve, run
+from benchmarks import run
 
 
 def write_events(folder: Path, tag: str, points: list[tuple[float, float]]) -> None:
@@ -87,21 +87,6 @@ def test_the_gpu_table_is_refused_without_a_gpu_before_anything_is_written(
         run.main(["--gpu_table", "--record", f"--work={tmp_path}"])
     assert "needs a GPU" in capsys.readouterr().err
     assert run.RESULTS.read_text() == before and list(tmp_path.iterdir()) == []
-
-
-def test_the_stages_of_a_log_are_found_with_their_times() -> None:
-    lines = [
-        (1.0, "05:06:55 INFO Encoding 1 prompts\n"),
-        (1.5, "Encoding prompts: 100%|####| 1/1\n"),
-        (3.0, "05:06:57 INFO Encoding 1 prompts: 2.0 s, peak host memory 0.43 GiB\n"),
-        (4.0, "05:06:58 INFO Training\n"),
-        (4.5, "05:06:58 INFO Training 688,128 parameters in float32 under mixed precision no\n"),
-        (9.0, "05:07:03 INFO Training: 5.0 s, peak host memory 0.50 GiB, peak device memory 0.10 GiB\n"),
-    ]
-    assert memory_curve.find_stages(lines) == [
-        memory_curve.Stage("Encoding 1 prompts", 1.0, 3.0),
-        memory_curve.Stage("Training", 4.0, 9.0),
-    ]
 
 
 def test_a_real_run_is_measured_and_recorded(

@@ -1,7 +1,6 @@
 """Aspect-ratio buckets: each picture in the nearest, a micro-batch in one, every picture once an epoch."""
 
 import itertools
-import json
 import logging
 import math
 import shutil
@@ -18,8 +17,9 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from conftest import SCRIPTS, Run
-from tests.test_resume import launch
+from conftest import Run, one_script
+
+pytestmark = one_script
 
 EXPLICIT = "--aspect_ratio_buckets=32,32;16,48;48,16"
 RANDOM_SIZES = np.exp(np.random.default_rng(0).uniform(math.log(300), math.log(900), (50, 2))).astype(int).tolist()
@@ -174,49 +174,52 @@ def buckets(script: ModuleType) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_every_picture_is_trained_once_an_epoch(script: ModuleType, buckets: Any, split: tuple[int, int, int]) -> None:
-    keys = [
-        key for step in steps(script, buckets, split) for own in step for batch in own for key in batch if key.weight
-    ]
-    assert Counter((key.epoch, key.example) for key in keys) == Counter(itertools.product(range(2), range(50)))
-    assert sorted((key.epoch, key.position) for key in keys) == list(itertools.product(range(2), range(50)))
+def test_every_picture_is_trained_once_an_epoch(script: ModuleType, buckets: Any) -> None:
+    for split in SPLITS:
+        keys = [key for step in steps(script, buckets, split) for batch in itertools.chain(*step) for key in batch]
+        trained = [key for key in keys if key.weight]
+        wanted = list(itertools.product(range(2), range(50)))
+        assert sorted((key.epoch, key.example) for key in trained) == wanted, split
+        assert sorted((key.epoch, key.position) for key in trained) == wanted, split
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_a_micro_batch_is_of_one_bucket_and_small_only_where_its_bucket_ends(
-    script: ModuleType, buckets: Any, split: tuple[int, int, int]
-) -> None:
-    small: Counter[Any] = Counter()
-    for step in steps(script, buckets, split, epochs=1):
-        for batch in itertools.chain(*step):
-            (bucket,) = {buckets[key.example] for key in batch}
-            assert len(batch) <= split[0]
-            small[bucket] += len(batch) < split[0] and batch[0].weight > 0
-    assert max(small.values()) <= 1
+def test_a_micro_batch_is_of_one_bucket_and_small_only_where_its_bucket_ends(script: ModuleType, buckets: Any) -> None:
+    for split in SPLITS:
+        small: Counter[Any] = Counter()
+        for step in steps(script, buckets, split, epochs=1):
+            for batch in itertools.chain(*step):
+                (bucket,) = {buckets[key.example] for key in batch}
+                assert len(batch) <= split[0], split
+                small[bucket] += len(batch) < split[0] and batch[0].weight > 0
+        assert max(small.values()) <= 1, split
 
 
-@pytest.mark.parametrize("split", SPLITS)
 def test_the_weights_of_a_step_are_equal_and_sum_to_one_and_processes_do_equally_many_micro_batches(
-    script: ModuleType, buckets: Any, split: tuple[int, int, int]
+    script: ModuleType, buckets: Any
 ) -> None:
-    for step in steps(script, buckets, split):
-        batches = [batch for own in step for batch in own]
-        examples = sum(len(batch) for batch in batches if batch[0].weight)
-        assert {key.weight for batch in batches for key in batch} <= {0.0, 1 / examples}
-        assert all(len(batch) == 1 for batch in batches if batch[0].weight == 0)
-        assert len({len(own) for own in step}) == 1 and len(step[0]) <= split[1]
-        for own in step:
-            assert [{key.last for key in batch} for batch in own] == [{False}] * (len(own) - 1) + [{True}]
+    for split in SPLITS:
+        for step in steps(script, buckets, split):
+            batches = [batch for own in step for batch in own]
+            examples = sum(len(batch) for batch in batches if batch[0].weight)
+            assert {key.weight for batch in batches for key in batch} <= {0.0, 1 / examples}, split
+            assert all(len(batch) == 1 for batch in batches if batch[0].weight == 0), split
+            assert len({len(own) for own in step}) == 1 and len(step[0]) <= split[1], split
+            for own in step:
+                assert [{key.last for key in batch} for batch in own] == [{False}] * (len(own) - 1) + [{True}], split
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_a_run_that_starts_later_is_the_tail_of_the_whole_run(
-    script: ModuleType, buckets: Any, split: tuple[int, int, int]
-) -> None:
-    whole = steps(script, buckets, split)
-    for first in range(1, len(whole), 3):
-        assert steps(script, buckets, split, first) == whole[first:]
+@pytest.mark.parametrize("alike", [False, True], ids=["buckets", "no buckets"])
+def test_a_run_that_starts_later_is_the_tail_of_the_whole_run(script: ModuleType, buckets: Any, alike: bool) -> None:
+    for split in SPLITS:
+        sizes = [(32, 32)] * 17 if alike else buckets
+        whole = steps(script, sizes, split)
+        for first in range(1, len(whole), 1 if alike else 3):
+            assert steps(script, sizes, split, first) == whole[first:], (split, first)
+
+
+def test_a_finished_run_has_nothing_left(script: ModuleType) -> None:
+    for first in (4, 6):
+        assert list(script.MicroBatches(5, 1, 1, 0, 1, 0, first, 4)) == []
 
 
 def test_each_epoch_and_seed_has_an_order_of_its_own(script: ModuleType, buckets: Any) -> None:
@@ -226,32 +229,33 @@ def test_each_epoch_and_seed_has_an_order_of_its_own(script: ModuleType, buckets
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["no buckets", "one bucket"])
-@pytest.mark.parametrize("examples", [1, 5, 12, 17])
-@pytest.mark.parametrize("split", SPLITS)
-def test_without_buckets_steps_are_slices_of_the_shuffle(
-    script: ModuleType, split: tuple[int, int, int], examples: int, alike: bool
-) -> None:
+def test_without_buckets_steps_are_slices_of_the_shuffle(script: ModuleType, alike: bool) -> None:
     """Every key, fillers included, against slices of the shuffle by hand."""
-    batch_size, accumulation, processes = split
-    per_step = math.prod(split)
-    length = -(-examples // per_step)
-    for process in range(processes):
-        wanted = []
-        for epoch in range(2):
-            shuffle = torch.randperm(examples, generator=script.generator_for(7, "order", epoch)).tolist()
-            for step in range(length):
-                places = list(range(examples))[step * per_step :][:per_step]
-                rounds = [
-                    places[at : at + batch_size * processes] for at in range(0, len(places), batch_size * processes)
-                ]
-                for number, part in enumerate(rounds):
-                    own, weight = part[process * batch_size :][:batch_size], 1 / len(places)
-                    if not own:
-                        own, weight = part[:1], 0.0
-                    wanted.append([(epoch, at, shuffle[at], weight, number == len(rounds) - 1) for at in own])
+    for (batch_size, accumulation, processes), examples in itertools.product(SPLITS, (1, 3, 5, 12, 17)):
         sizes = [(32, 32)] * examples if alike else None
-        got = list(script.MicroBatches(examples, batch_size, accumulation, process, processes, 7, 0, 2 * length, sizes))
-        assert got == wanted
+        per_step = batch_size * accumulation * processes
+        length = -(-examples // per_step)
+        for process in range(processes):
+            wanted = sliced_shuffle(script, examples, (batch_size, accumulation, processes), process)
+            got = script.MicroBatches(examples, batch_size, accumulation, process, processes, 7, 0, 2 * length, sizes)
+            assert list(got) == wanted, (batch_size, accumulation, processes, examples)
+
+
+def sliced_shuffle(script: ModuleType, examples: int, split: tuple[int, int, int], process: int) -> list[list[Any]]:
+    """The keys of two epochs of one process with seed 7: its part of each step of the shuffled examples."""
+    batch_size, processes, per_step = split[0], split[2], math.prod(split)
+    keys = []
+    for epoch in range(2):
+        shuffle = torch.randperm(examples, generator=script.generator_for(7, "order", epoch)).tolist()
+        for start in range(0, examples, per_step):
+            places = list(range(examples))[start : start + per_step]
+            rounds = [places[at : at + batch_size * processes] for at in range(0, len(places), batch_size * processes)]
+            for number, part in enumerate(rounds):
+                own, weight = part[process * batch_size :][:batch_size], 1 / len(places)
+                if not own:
+                    own, weight = part[:1], 0.0
+                keys.append([(epoch, at, shuffle[at], weight, number == len(rounds) - 1) for at in own])
+    return keys
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,25 +342,3 @@ def test_the_validation_loss_is_that_of_the_buckets_shapes(
     run(script, EXPLICIT, f"--instance_data_dir={shapes}", "--validation_loss", "--max_train_steps=1")
     wanted = [(1, 16, height // 8, width // 8) for width, height in BUCKETS]
     assert [tuple(latents.shape) for _, latents in validated[0]] == wanted
-
-
-def test_two_processes_train_each_of_fifty_pictures_once(tmp_path: Path, tiny_flux: Path) -> None:
-    """Both scripts in one launch; processes meet in steps whose micro-batches have other shapes."""
-    (tmp_path / "dogs").mkdir()
-    for number, (width, height) in enumerate(RANDOM_SIZES):
-        Image.new("RGB", (width // 8, height // 8), (number * 5, 90, 90)).save(tmp_path / "dogs" / f"{number:02d}.png")
-    flags = [
-        f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={tmp_path / 'dogs'}",
-        "--instance_prompt=a dog", "--resolution=32", "--max_sequence_length=16", "--seed=0", "--report_to=none",
-        "--train_batch_size=3", "--gradient_accumulation_steps=2", EXPLICIT,
-    ]  # fmt: skip
-    outputs = {kind: tmp_path / kind for kind in SCRIPTS}
-    launch(
-        {outputs[kind]: [SCRIPTS[kind].__name__, *flags, f"--output_dir={outputs[kind]}"] for kind in SCRIPTS}, tmp_path
-    )
-    for folder in outputs.values():
-        records = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-        keys = [key for record in records for batch in record["micro_batches"] for key in batch["keys"]]
-        assert sorted(key["example"] for key in keys if key["weight"]) == list(range(50))
-        assert records[0]["weights"] == records[1]["weights"]
-        assert sum(key["weight"] for key in keys) == pytest.approx(len(records[0]["logged"]))

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from conftest import Run
+from conftest import Run, one_script
+
+pytestmark = one_script
 
 ROWS = [("dog_03.png", "three, a dog"), ("dog_01.png", 'one "dog"'), ("dog_00.png", " zero\n")]  # 02 and 04 have none
 

@@ -19,9 +19,12 @@ from accelerate import Accelerator
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from conftest import SCRIPTS, Run, reset_accelerate
+from conftest import SCRIPTS, Run, both_scripts, one_script, reset_accelerate
 from tests.local_hub import HubState
+from tests.processes import PATIENCE
 from tests.test_checkpoints import WEIGHTS
+
+pytestmark = one_script
 
 PARTIAL, OLD = ".flux-partial", ".flux-old"
 
@@ -114,6 +117,7 @@ def assert_same_weights(script: ModuleType, output: Path, expected_output: Path)
     assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
 
 
+@both_scripts
 def test_a_checkpoint_has_weights_optimizer_schedule_random_states_and_its_own_state(
     script: ModuleType, output: Path
 ) -> None:
@@ -187,6 +191,7 @@ def test_no_bit_of_the_state_file_can_flip_and_change_what_is_resumed(script: Mo
     assert refused > 1000 and harmless < 5
 
 
+@both_scripts
 def test_a_run_resumed_beside_a_damaged_checkpoint_ends_with_the_weights_of_the_undisturbed_run(
     script: ModuleType, run: Run, trained: dict[str, Path], output: Path
 ) -> None:
@@ -198,6 +203,7 @@ def test_a_run_resumed_beside_a_damaged_checkpoint_ends_with_the_weights_of_the_
     assert leftovers(output) == []
 
 
+@both_scripts
 def test_a_checkpoint_of_the_other_script_is_refused(trained: dict[str, Path], script: ModuleType) -> None:
     [other] = (folder for name, folder in trained.items() if name != script.__name__)
     for wanted in ("checkpoint-2", str(other / "checkpoint-1")):
@@ -344,6 +350,7 @@ ADVICE = {  # by what it costs: time only, then precision, then what is trained 
     ],
     ids=["nothing saved yet", "two in use", "two others in use", "prodigy"],
 )
+@both_scripts
 def test_out_of_memory_advises_the_flags_that_are_not_in_use_in_the_order_of_their_cost(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], missing: list[str]
 ) -> None:
@@ -389,7 +396,7 @@ def test_a_network_lost_at_the_push_keeps_the_result_and_says_how_to_push_again(
     words = [str(Path(sys.executable).with_name("hf")), *shlex.split(command[0])[1:]]
     environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HOME": str(tmp_path)}
-    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     uploaded = hub.repositories["tester/sks-dog"]
     assert uploaded["README.md"] == (output / "README.md").read_bytes()

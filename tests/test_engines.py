@@ -1,6 +1,7 @@
 """FSDP2 and DeepSpeed on two real processes train, validate, checkpoint, resume and save what one process does."""
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -21,10 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from conftest import SCRIPTS
+from conftest import SCRIPTS, one_script
+from tests.processes import PATIENCE, ROOT, read_records
 from tests.record_run import record_run
 
-ROOT = Path(__file__).parent.parent
+pytestmark = one_script
+
 # Engine, script, and how each is run: all four steps with validation; the last two of them from the checkpoint; these
 # from the checkpoint of one process, whose optimizer state does not fit.
 RUNS = {
@@ -119,15 +122,10 @@ def many(
                 jobs[str(folder)] = [SCRIPTS[script].__name__, *flags]
         launch = command(engine, jobs, home)
         done = subprocess.run(
-            launch, env=environment(engine, home), cwd=home, capture_output=True, text=True, timeout=500
+            launch, env=environment(engine, home), cwd=home, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, done.stderr[-5000:]
     return folders
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """What each process recorded."""
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9].json"))]
 
 
 def logged(folder: Path, name: str) -> list[float]:
@@ -211,7 +209,7 @@ def test_two_machines_train_together_and_save_once(base: list[str], one: Any, tm
             subprocess.Popen(launch, env=environment("ddp", tmp_path), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         )
     for process in running:
-        error = process.communicate(timeout=300)[1]
+        error = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 0, error[-5000:]
     assert logged(machines[0], "loss") == pytest.approx(logged(one["lora"], "loss"), rel=1e-5)
     assert distance(machines[0], one["lora"]) < 1e-5
@@ -219,17 +217,14 @@ def test_two_machines_train_together_and_save_once(base: list[str], one: Any, tm
     assert {path.name for path in machines[1].iterdir() if not path.name.startswith(".")} == {"1.json"}
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("count", [1, 2, 5, 8])
-def test_every_process_runs_as_many_forwards_and_each_picture_is_drawn_once(
-    script: ModuleType, processes: int, count: int
-) -> None:
-    shares = [
-        list(script.own_share(SimpleNamespace(process_index=rank, num_processes=processes), count))
-        for rank in range(processes)
-    ]
-    assert len({len(share) for share in shares}) == 1
-    assert sorted(number for share in shares for number in share if number < count) == list(range(count))
+def test_every_process_runs_as_many_forwards_and_each_picture_is_drawn_once(script: ModuleType) -> None:
+    for processes, count in itertools.product((1, 2, 3, 4, 7), (1, 2, 5, 8)):
+        shares = [
+            list(script.own_share(SimpleNamespace(process_index=rank, num_processes=processes), count))
+            for rank in range(processes)
+        ]
+        assert len({len(share) for share in shares}) == 1, (processes, count)
+        assert sorted(number for share in shares for number in share if number < count) == list(range(count))
 
 
 ASKED = {
@@ -238,16 +233,16 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize(("kind", "flag"), [(kind, flag) for kind, flags in ASKED.items() for flag in flags])
 @pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_what_shards_cannot_do_is_refused_by_name(kind: str, flag: str, engine: str) -> None:
-    name, _, value = flag.removeprefix("--").partition("=")
-    args = argparse.Namespace(train_text_encoder=False, optimizer="AdamW", use_8bit_adam=False)
-    setattr(args, name, int(value) if value.isdigit() else value or True)
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
-    accelerator = SimpleNamespace(distributed_type=engine, state=state, is_fsdp2=True)
-    with pytest.raises(SCRIPTS[kind].UsageError, match=f"--{name}"):
-        SCRIPTS[kind].set_up_engine(args, accelerator)
+def test_what_shards_cannot_do_is_refused_by_name(engine: str) -> None:
+    for kind, flag in ((kind, flag) for kind, flags in ASKED.items() for flag in flags):
+        name, _, value = flag.removeprefix("--").partition("=")
+        args = argparse.Namespace(train_text_encoder=False, optimizer="AdamW", use_8bit_adam=False)
+        setattr(args, name, int(value) if value.isdigit() else value or True)
+        state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+        accelerator = SimpleNamespace(distributed_type=engine, state=state, is_fsdp2=True)
+        with pytest.raises(SCRIPTS[kind].UsageError, match=f"--{name}"):
+            SCRIPTS[kind].set_up_engine(args, accelerator)
 
 
 def test_eight_bit_adam_is_refused_under_fsdp2(script: ModuleType) -> None:

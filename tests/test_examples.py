@@ -1,8 +1,7 @@
-"""From pictures to the inputs of a step: who trains what and when, and every prompt with its own picture."""
+"""From pictures to the inputs of a step: every prompt with its own picture, crops, and what is drawn."""
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import re
@@ -22,12 +21,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-SPLITS = [(1, 1, 1), (4, 1, 1), (2, 3, 1), (1, 4, 2), (2, 1, 3), (3, 2, 2), (8, 1, 2)]  # batch, accumulation, processes
+from conftest import one_script
+
+pytestmark = one_script
+
 SHIFT, SCALE = 0.25, 0.5
 COLOURS = [
     (code // 36 * 51, code // 6 % 6 * 51, code % 6 * 51) for code in np.random.default_rng(0).permutation(216).tolist()
 ]
-Step = list[list[list[Any]]]  # a step's keys: by process, by micro-batch
 
 
 @pytest.fixture(scope="module")
@@ -41,147 +42,14 @@ def flags(script: ModuleType, *more: str) -> argparse.Namespace:
     return script.parse_args([*base, *data, *more])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which examples make up a step
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def schedule(
-    script: ModuleType,
-    examples: int,
-    split: tuple[int, int, int] = (1, 1, 1),
-    process: int = 0,
-    seed: int = 0,
-    first: int = 0,
-    last: int = 1,
-) -> Any:
+def schedule(script: ModuleType, examples: int, split: tuple[int, int, int], process: int, seed: int, last: int) -> Any:
+    """The keys of one process, from the first step to `last`; `split` is batch size, accumulation and processes."""
     batch_size, accumulation, processes = split
-    return script.MicroBatches(examples, batch_size, accumulation, process, processes, seed, first, last)
-
-
-def steps(script: ModuleType, examples: int, split: tuple[int, int, int], first: int, last: int) -> list[Step]:
-    """The whole run, all processes: its steps, cut after each micro-batch that is the last of one."""
-    run: list[Step] = [[] for _ in range(last - first)]
-    for process in range(split[2]):
-        cut: list[list[list[Any]]] = [[]]
-        for batch in schedule(script, examples, split, process, first=first, last=last):
-            cut[-1].append(batch)
-            if batch[0].last:
-                cut.append([])
-        assert cut.pop() == [] and len(cut) == last - first
-        for step, own in zip(run, cut, strict=True):
-            step.append(own)
-    return run
-
-
-def keys_of(step: Step) -> list[Any]:
-    return [key for own in step for batch in own for key in batch]
-
-
-def trained(run: Iterable[Step]) -> list[Any]:
-    """The keys that count."""
-    return [key for step in run for key in keys_of(step) if key.weight > 0]
+    return script.MicroBatches(examples, batch_size, accumulation, process, processes, seed, 0, last)
 
 
 def epoch_length(examples: int, split: tuple[int, int, int]) -> int:
     return -(-examples // math.prod(split))
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("examples", [1, 5, 12, 17])
-def test_every_example_is_trained_once_an_epoch(script: ModuleType, examples: int, split: tuple[int, int, int]) -> None:
-    run = steps(script, examples, split, 0, 3 * epoch_length(examples, split))
-    counts = Counter((key.epoch, key.example) for key in trained(run))
-    assert counts == Counter(itertools.product(range(3), range(examples)))
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("examples", [1, 5, 12, 17])
-def test_every_place_of_an_epoch_is_taken_once_and_in_order(
-    script: ModuleType, examples: int, split: tuple[int, int, int]
-) -> None:
-    run = steps(script, examples, split, 0, 2 * epoch_length(examples, split))
-    places = [sorted((key.epoch, key.position) for key in keys_of(step) if key.weight > 0) for step in run]
-    assert list(itertools.chain(*places)) == list(itertools.product(range(2), range(examples)))
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("examples", [1, 5, 12, 17])
-def test_the_weights_of_a_step_are_equal_and_sum_to_one(
-    script: ModuleType, examples: int, split: tuple[int, int, int]
-) -> None:
-    for step in steps(script, examples, split, 0, 2 * epoch_length(examples, split)):
-        weights = [key.weight for key in keys_of(step) if key.weight]
-        assert len(set(weights)) == 1 and math.isclose(sum(weights), 1)
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("examples", [1, 5, 12, 17])
-def test_processes_run_equally_many_micro_batches_and_only_the_final_one_ends_the_step(
-    script: ModuleType, examples: int, split: tuple[int, int, int]
-) -> None:
-    batch_size, _, processes = split
-    for step in steps(script, examples, split, 0, 2 * epoch_length(examples, split)):
-        count = sum(key.weight > 0 for key in keys_of(step))
-        needed = -(-count // (batch_size * processes))
-        assert [len(own) for own in step] == [needed] * processes
-        for own in step:
-            assert [[key.last for key in batch] for batch in own[:-1]] == [[False] * len(batch) for batch in own[:-1]]
-            assert all(key.last for key in own[-1])
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_a_micro_batch_is_as_large_as_asked_or_what_is_left(script: ModuleType, split: tuple[int, int, int]) -> None:
-    batch_size = split[0]
-    for step in steps(script, 17, split, 0, 2 * epoch_length(17, split)):
-        batches = [batch for own in step for batch in own]
-        assert all(1 <= len(batch) <= batch_size for batch in batches)
-        assert sum(len(batch) < batch_size and batch[0].weight > 0 for batch in batches) <= 1
-
-
-def test_a_process_without_work_fills_in_with_one_example_of_no_weight(script: ModuleType) -> None:
-    (step,) = steps(script, 3, (2, 1, 3), 0, 1)
-    assert [[len(batch) for batch in own] for own in step] == [[2], [1], [1]]
-    (filler,) = step[2][0]
-    assert filler.weight == 0 and 0 <= filler.example < 3
-
-
-@pytest.mark.parametrize("examples", [3, 12, 17])
-def test_the_examples_of_a_step_do_not_depend_on_how_they_are_split(script: ModuleType, examples: int) -> None:
-    splits = [(6, 1, 1), (3, 2, 1), (1, 6, 1), (3, 1, 2), (1, 3, 2), (2, 1, 3), (1, 2, 3), (1, 1, 6)]
-    runs = [
-        [sorted(key[:4] for key in keys_of(step) if key.weight > 0) for step in steps(script, examples, split, 0, 7)]
-        for split in splits
-    ]
-    assert all(run == runs[0] for run in runs)
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_a_run_that_starts_later_is_the_tail_of_the_whole_run(script: ModuleType, split: tuple[int, int, int]) -> None:
-    whole = steps(script, 17, split, 0, 2 * epoch_length(17, split) + 1)
-    for first in range(1, len(whole)):
-        assert steps(script, 17, split, first, len(whole)) == whole[first:]
-
-
-def test_a_finished_run_has_nothing_left(script: ModuleType) -> None:
-    assert list(schedule(script, 5, first=4, last=4)) == []
-    assert list(schedule(script, 5, first=6, last=4)) == []
-
-
-def order(script: ModuleType, epoch: int, seed: int = 0) -> list[int]:
-    keys = itertools.chain(*schedule(script, 32, seed=seed, first=32 * epoch, last=32 * epoch + 32))
-    return [key.example for key in keys]
-
-
-def test_each_epoch_is_shuffled_anew(script: ModuleType) -> None:
-    orders = [order(script, epoch) for epoch in range(4)]
-    assert sorted(orders[0]) == list(range(32)) != orders[0]
-    for one, other in itertools.combinations(orders, 2):
-        assert sum(a == b for a, b in zip(one, other, strict=True)) < 10
-
-
-def test_the_shuffle_is_the_seeds(script: ModuleType) -> None:
-    assert order(script, 1, seed=5) == order(script, 1, seed=5) != order(script, 1, seed=6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

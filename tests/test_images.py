@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from conftest import Run
+from conftest import Run, one_script
+
+pytestmark = one_script
 
 Pixels = NDArray[np.uint8]
 RNG = np.random.default_rng(0)
@@ -61,16 +63,14 @@ def test_a_folder_becomes_pictures_with_its_prompt(script: ModuleType, pictures:
             assert np.array_equal(np.asarray(image), np.asarray(stored))
 
 
-@pytest.mark.parametrize("folder", ["missing", "file", "without"])
-def test_a_folder_without_pictures_is_refused_by_flag_and_value(
-    script: ModuleType, tmp_path: Path, folder: str
-) -> None:
+def test_a_folder_without_pictures_is_refused_by_flag_and_value(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "notes.txt").write_text("no picture")
-    with pytest.raises(script.UsageError) as error:
-        script.pictures_in_folder("--class_data_dir", str(tmp_path / folder), "a dog")
-    assert "--class_data_dir" in str(error.value) and str(tmp_path / folder) in str(error.value)
+    for folder in ("missing", "file", "without"):
+        with pytest.raises(script.UsageError) as error:
+            script.pictures_in_folder("--class_data_dir", str(tmp_path / folder), "a dog")
+        assert "--class_data_dir" in str(error.value) and str(tmp_path / folder) in str(error.value)
 
 
 # How a camera that was held so stores the upright picture: https://exiftool.org/TagNames/EXIF.html, 0x0112.
@@ -86,13 +86,13 @@ STORED: dict[int, Callable[[Pixels], Pixels]] = {
 }
 
 
-@pytest.mark.parametrize("orientation", STORED)
-def test_a_turned_photo_is_put_upright(script: ModuleType, tmp_path: Path, orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](COLOURS)))
-    upright = script.to_rgb(reopened(stored, tmp_path / "photo.png", exif=exif))
-    assert np.array_equal(np.asarray(upright), COLOURS)
+def test_a_turned_photo_is_put_upright(script: ModuleType, tmp_path: Path) -> None:
+    for orientation, store in STORED.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = Image.fromarray(np.ascontiguousarray(store(COLOURS)))
+        upright = script.to_rgb(reopened(stored, tmp_path / "photo.png", exif=exif))
+        assert np.array_equal(np.asarray(upright), COLOURS), orientation
 
 
 def test_an_upright_photo_is_measured_upright(script: ModuleType, tmp_path: Path) -> None:
@@ -131,11 +131,10 @@ def transparent_pictures() -> dict[str, tuple[Image.Image, dict[str, Any], NDArr
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", transparent_pictures())
-def test_what_is_transparent_shows_white(script: ModuleType, tmp_path: Path, kind: str) -> None:
-    image, options, expected = transparent_pictures()[kind]
-    got = np.asarray(script.to_rgb(reopened(image, tmp_path / "picture.png", **options)), dtype=float)
-    assert np.abs(got - expected).max() <= 1  # rounded once
+def test_what_is_transparent_shows_white(script: ModuleType, tmp_path: Path) -> None:
+    for kind, (image, options, expected) in transparent_pictures().items():
+        got = np.asarray(script.to_rgb(reopened(image, tmp_path / "picture.png", **options)), dtype=float)
+        assert np.abs(got - expected).max() <= 1, kind  # rounded once
 
 
 def test_the_hidden_colour_leaves_no_trace(script: ModuleType, tmp_path: Path) -> None:
@@ -172,30 +171,27 @@ def plain_pictures() -> dict[str, tuple[Image.Image, str, NDArray[np.float64]]]:
     }
 
 
-@pytest.mark.parametrize("kind", plain_pictures())
-def test_every_kind_of_picture_keeps_its_colours(script: ModuleType, tmp_path: Path, kind: str) -> None:
-    image, ending, expected = plain_pictures()[kind]
-    got = script.to_rgb(reopened(image, tmp_path / f"picture.{ending}"))
-    assert got.mode == "RGB" and got.size == image.size
-    assert np.abs(np.asarray(got) - expected).max() <= (1 if "CMYK" in kind or "never" in kind else 0)
+def test_every_kind_of_picture_keeps_its_colours(script: ModuleType, tmp_path: Path) -> None:
+    for kind, (image, ending, expected) in plain_pictures().items():
+        got = script.to_rgb(reopened(image, tmp_path / f"picture.{ending}"))
+        assert got.mode == "RGB" and got.size == image.size, kind
+        assert np.abs(np.asarray(got) - expected).max() <= (1 if "CMYK" in kind or "never" in kind else 0), kind
 
 
-@pytest.mark.parametrize(
-    ("size", "resolution", "resized"),
-    [
-        ((100, 50), 32, (64, 32)),
-        ((50, 100), 32, (32, 64)),
-        ((70, 70), 32, (32, 32)),
-        ((20, 10), 32, (64, 32)),
-        ((101, 50), 32, (64, 32)),  # 64.64
-        ((3024, 4032), 512, (512, 682)),  # 682.67
-        ((512, 513), 512, (512, 513)),
-    ],
-)
-def test_the_shorter_side_becomes_the_resolution(
-    script: ModuleType, size: tuple[int, int], resolution: int, resized: tuple[int, int]
-) -> None:
-    assert script.resized_size(*size, (resolution, resolution)) == resized
+RESIZED = [  # size, resolution, and what it becomes
+    ((100, 50), 32, (64, 32)),
+    ((50, 100), 32, (32, 64)),
+    ((70, 70), 32, (32, 32)),
+    ((20, 10), 32, (64, 32)),
+    ((101, 50), 32, (64, 32)),  # 64.64
+    ((3024, 4032), 512, (512, 682)),  # 682.67
+    ((512, 513), 512, (512, 513)),
+]
+
+
+def test_the_shorter_side_becomes_the_resolution(script: ModuleType) -> None:
+    for size, resolution, resized in RESIZED:
+        assert script.resized_size(*size, (resolution, resolution)) == resized
 
 
 def test_resizing_keeps_the_aspect_to_a_pixel(script: ModuleType) -> None:
@@ -206,12 +202,10 @@ def test_resizing_keeps_the_aspect_to_a_pixel(script: ModuleType) -> None:
         assert (resized[0] >= resized[1]) == (width >= height)
 
 
-@pytest.mark.parametrize(("size", "corner"), [((64, 32), (16, 0)), ((32, 64), (0, 16)), ((32, 32), (0, 0))])
-def test_a_centre_crop_leaves_the_same_on_both_sides(
-    script: ModuleType, size: tuple[int, int], corner: tuple[int, int]
-) -> None:
-    view = script.draw_view(*size, (32, 32), True, False, script.generator_for("a"))
-    assert (view.left, view.top) == corner
+def test_a_centre_crop_leaves_the_same_on_both_sides(script: ModuleType) -> None:
+    for size, corner in (((64, 32), (16, 0)), ((32, 64), (0, 16)), ((32, 32), (0, 0))):
+        view = script.draw_view(*size, (32, 32), True, False, script.generator_for("a"))
+        assert (view.left, view.top) == corner, size
 
 
 def test_a_centre_crop_of_an_odd_side_is_half_a_pixel_off(script: ModuleType) -> None:
@@ -292,15 +286,15 @@ def shrinking_matrix(mode: str, old: int, new: int) -> NDArray[np.float64]:
     return matrix / matrix.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize("mode", ["nearest", *KERNELS])
-def test_the_interpolation_mode_is_the_filter_of_that_name(script: ModuleType, mode: str) -> None:
+def test_the_interpolation_mode_is_the_filter_of_that_name(script: ModuleType) -> None:
     colours = np.random.default_rng(4).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    matrix = shrinking_matrix(mode, 48, 16)
-    across = np.einsum("nw,hwc->hnc", matrix, colours).round().clip(0, 255)  # Pillow rounds in between as well
-    expected = np.einsum("nh,hwc->nwc", matrix, across).clip(0, 255)
-    pixels = script.to_pixels(Image.fromarray(colours), (16, 16), script.View(0, 0, False), mode)
-    got = (pixels.permute(1, 2, 0).numpy() + 1) * 127.5
-    assert np.abs(got - expected).max() <= 1.5  # the two roundings
+    for mode in ("nearest", *KERNELS):
+        matrix = shrinking_matrix(mode, 48, 16)
+        across = np.einsum("nw,hwc->hnc", matrix, colours).round().clip(0, 255)  # Pillow rounds in between as well
+        expected = np.einsum("nh,hwc->nwc", matrix, across).clip(0, 255)
+        pixels = script.to_pixels(Image.fromarray(colours), (16, 16), script.View(0, 0, False), mode)
+        got = (pixels.permute(1, 2, 0).numpy() + 1) * 127.5
+        assert np.abs(got - expected).max() <= 1.5, mode  # the two roundings
 
 
 def read_folder(script: ModuleType, folder: Path) -> list[Any]:

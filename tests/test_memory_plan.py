@@ -13,7 +13,9 @@ from torch import Tensor
 import train_dreambooth_flux as full
 import train_dreambooth_lora_flux as lora
 from benchmarks import memory_plan
-from conftest import Run
+from conftest import Run, both_scripts, one_script
+
+pytestmark = one_script
 
 FLUX = [
     "--pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev",
@@ -63,6 +65,7 @@ def test_weights_and_states_are_those_of_a_run(
 
 
 @pytest.mark.parametrize("flags", [["--gradient_checkpointing"], []], ids=["checkpointing", "plain"])
+@both_scripts
 def test_activations_of_three_small_models_tell_those_of_a_whole_one(script: ModuleType, flags: list[str]) -> None:
     plan = plan_of(script, *flags, "--train_batch_size=1", "--mixed_precision=bf16", "--resolution=256")
     sizes = {"num_attention_heads": 2, "num_layers": 4, "num_single_layers": 9, "joint_attention_dim": 64}
@@ -108,6 +111,7 @@ def test_the_command_prints_every_stage_and_whether_it_fits(
     assert "large    fits" in out
 
 
+@both_scripts
 def test_the_flags_that_it_advises_are_accepted_and_make_it_fit(script: ModuleType, tiny_flux: Path) -> None:
     flags = [f"--pretrained_model_name_or_path={tiny_flux}", "--resolution=64", "--max_sequence_length=64"]
     plan = plan_of(script, *flags, "--cache_latents", "--gradient_accumulation_steps=2", "--mixed_precision=no")

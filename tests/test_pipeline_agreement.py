@@ -14,7 +14,9 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from conftest import Run
+from conftest import Run, one_script
+
+pytestmark = one_script
 
 SIDES = (6, 4)  # of latents: height and width
 PIXELS = {"height": 48, "width": 32}

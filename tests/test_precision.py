@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from conftest import SCRIPTS, Run
+from conftest import SCRIPTS, Run, one_script
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -161,6 +161,7 @@ def test_validation_leaves_the_live_model_as_it_is(
     assert len(validations) >= 2
 
 
+@one_script
 def test_the_validation_loss_does_not_depend_on_chance(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +215,7 @@ def alive(references: dict[str, list[weakref.ref]]) -> list[str]:
 
 
 @pytest.mark.usefixtures("counted_garbage")
+@one_script
 def test_text_encoders_and_vae_are_gone_before_the_transformer_comes(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, made: dict[str, list[weakref.ref]]
 ) -> None:
@@ -234,6 +236,7 @@ def test_of_the_encoders_only_a_trained_clip_is_there_in_the_loop(
 
 
 @pytest.mark.usefixtures("counted_garbage")
+@one_script
 def test_the_class_pictures_pipeline_is_gone_before_prompts_are_encoded(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, made: dict[str, list[weakref.ref]], tmp_path: Path
 ) -> None:
@@ -299,6 +302,7 @@ def captions(pictures: Path, tmp_path: Path) -> list[str]:
     return [f"--dataset_name={folder}", "--caption_column=text", f"--cache_dir={tmp_path / 'cache'}"]
 
 
+@one_script
 def test_t5_reads_each_distinct_prompt_once(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, captions: list[str], base_flags: list[str]
 ) -> None:
@@ -324,6 +328,7 @@ def test_t5_reads_each_distinct_prompt_once(
     assert len(set(read)) == 4
 
 
+@one_script
 def test_with_cached_latents_nothing_of_the_encoders_runs_in_the_loop(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,6 +369,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
     assert names == ["checkpoint-1", "checkpoint-2"]
 
 
+@one_script
 def test_after_a_stop_the_last_checkpoint_goes_on_as_if_nothing_had_happened(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

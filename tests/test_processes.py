@@ -1,25 +1,26 @@
 """Two real processes train what one process trains on larger batches, and do not do the same work twice."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
+import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from conftest import SCRIPTS
+from tests.processes import launch_jobs, read_records
 from tests.record_run import record_run
 
-ROOT = Path(__file__).parent.parent
 PICTURES = 5
+RANDOM_SIZES = np.exp(np.random.default_rng(0).uniform(math.log(300), math.log(900), (50, 2))).astype(int).tolist()
 # As in test_accumulation: updates nearly proportional to their gradients.
 COMMON = [
     "--instance_prompt=a photo of sks dog", "--resolution=32", "--max_sequence_length=16", "--seed=0",
@@ -61,47 +62,73 @@ class Case:
 
     @property
     def two_processes(self) -> Trained:
-        return Trained(
-            [json.loads((self.folder / f"{rank}.json").read_text()) for rank in range(2)], self.folder / "two"
-        )
-
-    def argv(self, name: str, batch_size: int, micro_batches: int, *flags: str) -> list[str]:
-        split = [f"--train_batch_size={batch_size}", f"--gradient_accumulation_steps={micro_batches}"]
-        return [*self.flags, *split, f"--output_dir={self.folder / name}", *flags]
+        return Trained(read_records(self.folder), self.folder / "two")
 
     def run(self, name: str, batch_size: int, micro_batches: int, *flags: str) -> Trained:
         """The same on one process, split otherwise."""
-        argv = self.argv(name, batch_size, micro_batches, *flags)
+        split = [f"--train_batch_size={batch_size}", f"--gradient_accumulation_steps={micro_batches}"]
+        argv = [*self.flags, *split, f"--output_dir={self.folder / name}", *flags]
         return Trained([record_run(self.script, argv)], self.folder / name)
 
 
+FUSED = ["--fused_backward_pass", "--max_train_steps=3"]  # a step inside the backward pass shares its gradients too
+BUCKETS = "--aspect_ratio_buckets=32,32;16,48;48,16"
+# Stopped in the middle of an epoch of three steps, with all that a checkpoint may hold.
+RESUMED = [
+    "--random_flip", "--checkpointing_steps=1", "--train_text_encoder", "--text_encoder_lr=1e-3",
+    "--with_prior_preservation", "--class_prompt=a pet", "--num_class_images=3",
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def cases(tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Case]:
-    """All cases, run on two processes by one launch: starting takes longer than training."""
-    found, common = {}, [f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", *COMMON]
-    for (name, script), (kind, (flags, micro_batches)) in itertools.product(SCRIPTS.items(), KINDS.items()):
-        folder = tmp_path_factory.mktemp(f"{name}-{kind}")
-        found[name, kind] = Case(script, [*common, *flags], folder, micro_batches)
-    home = tmp_path_factory.mktemp("launch")
-    jobs = {
-        str(case.folder): [case.script.__name__, *case.argv("two", 1, case.micro_batches)] for case in found.values()
-    }
-    (home / "jobs.json").write_text(json.dumps(jobs))
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
-        str(ROOT / "tests" / "record_run.py"), str(home / "jobs.json"),
-    ]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(home)}
-    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifty small pictures of random shapes. Read only."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for number, (width, height) in enumerate(RANDOM_SIZES):
+        Image.new("RGB", (width // 8, height // 8), (number * 5, 90, 90)).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tiny_flux: Path, pictures: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    """What two processes made, by script and job. All jobs run in one launch, one after the other."""
+    home, jobs, found = tmp_path_factory.mktemp("launch"), dict[Path, list[str]](), dict[tuple[str, str], Path]()
+    common = [f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", *COMMON]
+
+    def add(kind: str, job: str, *flags: str) -> None:
+        folder = found[kind, job] = home / f"{kind}-{job}"
+        name = SCRIPTS[kind].__name__
+        jobs[folder] = [name, *common, "--train_batch_size=1", f"--output_dir={folder / 'two'}", *flags]
+
+    for kind in SCRIPTS:
+        for job, (flags, micro_batches) in KINDS.items():
+            add(kind, job, *flags, f"--gradient_accumulation_steps={micro_batches}")
+        prior = f"--class_data_dir={tmp_path_factory.mktemp('class')}"
+        for path in sorted(pictures.iterdir())[:3]:
+            shutil.copy(path, prior.split("=")[1])
+        add(kind, "whole", *RESUMED, prior)
+        add(kind, "resumed", *RESUMED, prior, f"--resume_from_checkpoint={home / f'{kind}-whole/two/checkpoint-2'}")
+        flags = [
+            "--train_batch_size=3",
+            "--gradient_accumulation_steps=2",
+            "--num_train_epochs=1",
+            "--max_train_steps=10",
+        ]
+        add(kind, "buckets", f"--instance_data_dir={shapes}", BUCKETS, *flags)
+    add("full", "fused", *FUSED)
+    launch_jobs(jobs, home)
     return found
 
 
 @pytest.fixture(params=itertools.product(SCRIPTS, KINDS), ids="-".join)
-def case(request: pytest.FixtureRequest, cases: dict[tuple[str, str], Case]) -> Case:
-    """Each case in turn."""
-    return cases[request.param]
+def case(request: pytest.FixtureRequest, folders: dict[tuple[str, str], Path], tiny_flux: Path, pictures: Path) -> Case:
+    """Each of the cases that one process trains as well, in turn."""
+    kind, job = request.param
+    flags, micro_batches = KINDS[job]
+    common = [f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", *COMMON]
+    return Case(SCRIPTS[kind], [*common, *flags], folders[kind, job], micro_batches)
 
 
 def trained_keys(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -170,3 +197,39 @@ def test_a_process_without_an_example_left_runs_a_filler_of_no_weight(case: Case
     assert [len(share) for share in shares] == [len(shares[0])] * 2  # else the processes would wait for each other
     assert 0 not in shares[0]
     assert 0 in shares[1]
+
+
+@pytest.mark.parametrize("kind", list(SCRIPTS))
+def test_two_processes_resume_the_run_never_stopped(kind: str, folders: dict[tuple[str, str], Path]) -> None:
+    """Each process draws what it drew, and logs what it logged."""
+    for whole, resumed in zip(
+        read_records(folders[kind, "whole"]), read_records(folders[kind, "resumed"]), strict=True
+    ):
+        assert whole["processes"] == resumed["processes"] == 2
+        assert len(whole["micro_batches"]) == 4 and resumed["micro_batches"] == whole["micro_batches"][2:]
+        for got, expected in zip(resumed["logged"], whole["logged"][2:], strict=True):
+            assert [got[name] for name in ("loss", "grad_norm")] == [expected[name] for name in ("loss", "grad_norm")]
+    weights, expected = (Trained([], folders[kind, job] / "two").weights for job in ("resumed", "whole"))
+    assert torch.equal(weights, expected)
+
+
+@pytest.mark.parametrize("kind", list(SCRIPTS))
+def test_two_processes_train_each_picture_of_an_epoch_of_buckets_once(
+    kind: str, folders: dict[tuple[str, str], Path]
+) -> None:
+    """They meet in steps whose micro-batches have other shapes."""
+    records = read_records(folders[kind, "buckets"])
+    keys = [key for record in records for batch in record["micro_batches"] for key in batch["keys"] if key["weight"]]
+    assert sorted(key["example"] for key in keys if key["epoch"] == 0) == list(range(50))
+    assert records[0]["weights"] == records[1]["weights"]
+    assert sum(key["weight"] for key in keys) == pytest.approx(len(records[0]["logged"]))
+
+
+def test_a_fused_backward_pass_on_two_processes_trains_what_one_process_trains(
+    folders: dict[tuple[str, str], Path], tiny_flux: Path, pictures: Path
+) -> None:
+    common = [f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", *COMMON, *FUSED]
+    case = Case(SCRIPTS["full"], common, folders["full", "fused"], 1)
+    start = case.run("start", 1, 1, "--learning_rate=0").weights
+    expected = case.run("one", 2, 1).weights
+    assert (case.two_processes.weights - expected).norm() < 1e-4 * (expected - start).norm()

@@ -3,10 +3,7 @@
 import itertools
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +15,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import SCRIPTS, Run
+from conftest import SCRIPTS, Run, both_scripts, one_script
 from tests.test_checkpoints import WEIGHTS
+
+pytestmark = one_script
 
 ROOT = Path(__file__).parent.parent
 STEPS = 4
@@ -160,6 +159,7 @@ def test_every_two_levels_of_two_factors_meet_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("row", TABLE, ids=name)
+@both_scripts
 def test_a_resumed_run_repeats_every_input_loss_and_weight_of_the_run_never_stopped(
     script: ModuleType, run: Run, record: Record, captioned: Path, class_pictures: Path, tmp_path: Path, row: Row
 ) -> None:
@@ -178,65 +178,6 @@ def test_a_resumed_run_repeats_every_input_loss_and_weight_of_the_run_never_stop
     assert record.logged == {step: whole.logged[step] for step in left}
     assert len(record.weights) == len(whole.weights) > 0
     assert all(torch.equal(got, expected) for got, expected in zip(record.weights, whole.weights, strict=True))
-
-
-def launch(jobs: dict[Path, list[str]], folder: Path) -> None:
-    """Run record_run's jobs, one after the other, on two processes."""
-    for output in jobs:
-        output.mkdir()
-    file = folder / "jobs.json"
-    file.write_text(json.dumps({str(output): job for output, job in jobs.items()}))
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
-        str(ROOT / "tests" / "record_run.py"), str(file),
-    ]  # fmt: skip
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "TMPDIR": str(folder),
-    }
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.fixture(scope="module")
-def launched(
-    tiny_flux: Path, pictures: Path, class_pictures: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, Path]]:
-    """Folders by script: of a run on two processes, and of one that new processes resumed from its second step."""
-    folder = tmp_path_factory.mktemp("launched")
-    flags = [
-        f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", "--instance_prompt=a dog",
-        "--resolution=32", "--max_sequence_length=16", "--seed=0", "--report_to=none", "--random_flip",
-        "--train_batch_size=1", "--max_train_steps=4", "--checkpointing_steps=1", "--train_text_encoder",
-        "--with_prior_preservation", "--class_prompt=a pet", f"--class_data_dir={class_pictures}",
-        "--num_class_images=3", "--text_encoder_lr=1e-3",
-    ]  # fmt: skip
-    whole, resumed = ({kind: folder / f"{kind}-{part}" for kind in SCRIPTS} for part in ("whole", "resumed"))
-    names = {kind: script.__name__ for kind, script in SCRIPTS.items()}
-    launch({whole[kind]: [names[kind], *flags, f"--output_dir={whole[kind]}"] for kind in SCRIPTS}, folder)
-    resume = {kind: f"--resume_from_checkpoint={whole[kind] / 'checkpoint-2'}" for kind in SCRIPTS}
-    launch(
-        {resumed[kind]: [names[kind], *flags, f"--output_dir={resumed[kind]}", resume[kind]] for kind in SCRIPTS},
-        folder,
-    )
-    return {names[kind]: (whole[kind], resumed[kind]) for kind in SCRIPTS}
-
-
-def test_two_processes_resume_the_run_never_stopped(script: ModuleType, launched: dict[str, tuple[Path, Path]]) -> None:
-    """Stopped in the middle of an epoch of three steps; each process draws what it drew, and logs what it logged."""
-    for rank in range(2):
-        whole, resumed = (json.loads((folder / f"{rank}.json").read_text()) for folder in launched[script.__name__])
-        assert whole["processes"] == resumed["processes"] == 2
-        assert len(whole["micro_batches"]) == 4 and resumed["micro_batches"] == whole["micro_batches"][2:]
-        for got, expected in zip(resumed["logged"], whole["logged"][2:], strict=True):
-            assert {key: got[key] for key in ("loss", "grad_norm")} == {
-                key: expected[key] for key in ("loss", "grad_norm")
-            }
-    weights, expected = (load_file(folder / WEIGHTS[script.__name__]) for folder in reversed(launched[script.__name__]))
-    assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:

@@ -17,9 +17,11 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import Run
+from conftest import Run, both_scripts, one_script
 from tests.local_hub import HubState
 from tests.test_checkpoints import WEIGHTS
+
+pytestmark = one_script
 
 LATEST = "--resume_from_checkpoint=latest"
 EVERY = "--checkpointing_steps=1"
@@ -50,6 +52,7 @@ def stopping_at(script: ModuleType, step: int) -> Callable[..., Any]:
     return log_step
 
 
+@both_scripts
 def test_a_new_run_moves_what_an_earlier_one_left_and_latest_goes_on_with_the_new(
     script: ModuleType, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -186,6 +189,7 @@ def test_a_checkpoint_past_the_end_is_an_error(script: ModuleType, run: Run) -> 
 
 
 @pytest.mark.parametrize("flags", [(), ("--lr_scheduler=linear", "--lr_warmup_steps=0")], ids=["constant", "linear"])
+@both_scripts
 def test_settings_of_the_optimizer_follow_the_flags_after_a_resume(
     script: ModuleType, run: Run, logged: dict[int, dict[str, float]], flags: tuple[str, ...]
 ) -> None:
@@ -223,6 +227,7 @@ def test_prodigy_keeps_what_it_has_learned(script: ModuleType, run: Run, logged:
     assert after["d_numerator"] != before["d_numerator"] and after["d_max"] == logged[3]["prodigy_d"]
 
 
+@both_scripts
 def test_a_finished_run_with_other_wishes_fulfils_them(script: ModuleType, run: Run) -> None:
     output = run(script, EVERY)
     assert not (output / script.ON_REQUEST[1]).exists()

@@ -15,13 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import SCRIPTS, Run
+from conftest import SCRIPTS, Run, both_scripts, one_script
 from tests.faulty_run import Forker
+from tests.processes import PATIENCE, default_signals
 from tests.test_checkpoints import WEIGHTS
+
+pytestmark = one_script
 
 ROOT = Path(__file__).parent.parent
 FULL, LORA = SCRIPTS["full"], SCRIPTS["lora"]
-LIMIT = 90  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def processes_of(folder: Path) -> set[int]:
     return found
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = LIMIT) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what}: not in {seconds} s"
@@ -100,26 +102,27 @@ def test_a_signal_ends_the_run_after_a_checkpoint_with_the_code_of_the_signal(
     pid, log = forker.start(script.__name__, endless)
     wait_until(lambda: training(tmp_path / "out"), "a checkpoint")
     os.kill(pid, number)
-    assert forker.wait(pid, LIMIT) == 128 + number
+    assert forker.wait(pid) == 128 + number
     printed = log.read_text()
     assert_stopped(script, number, printed, tmp_path / "out")
     assert "Traceback" not in printed and "error:" not in printed
 
 
+@both_scripts
 def test_a_run_that_a_signal_stopped_and_that_is_resumed_ends_with_the_weights_of_the_run_never_stopped(
     script: ModuleType, forker: Forker, endless: list[str], run: Run, tmp_path: Path
 ) -> None:
     pid, log = forker.start(script.__name__, endless)
     wait_until(lambda: training(tmp_path / "out"), "a checkpoint")
     os.kill(pid, signal.SIGTERM)
-    assert forker.wait(pid, LIMIT) == 128 + signal.SIGTERM
+    assert forker.wait(pid) == 128 + signal.SIGTERM
     step = assert_stopped(script, signal.SIGTERM, log.read_text(), tmp_path / "out")
     ends = f"--max_train_steps={step + 2}"
     pid, log = forker.start(script.__name__, [*endless, ends, "--resume_from_checkpoint=latest"])
-    assert forker.wait(pid, LIMIT) == 0, log.read_text()[-3000:]
+    assert forker.wait(pid) == 0, log.read_text()[-3000:]
     whole = tmp_path / "whole"
     pid, log = forker.start(script.__name__, [*endless, ends, f"--output_dir={whole}"])
-    assert forker.wait(pid, LIMIT) == 0, log.read_text()[-3000:]
+    assert forker.wait(pid) == 0, log.read_text()[-3000:]
     got, expected = (load_file(folder / WEIGHTS[script.__name__]) for folder in (tmp_path / "out", whole))
     assert got.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
@@ -131,15 +134,31 @@ def test_a_second_sigint_ends_at_once(forker: Forker, endless: list[str], tmp_pa
         LORA.__name__, [*endless, "--gradient_accumulation_steps=5000", "--repeats=1000", "--resolution=64"]
     )
     wait_until(lambda: "INFO Training\n" in log.read_text(), "the training")
-    time.sleep(0.5)
     os.kill(pid, signal.SIGINT)
-    time.sleep(1)
+    wait_until(lambda: "SIGINT: stopping once this step is saved" in log.read_text(), "the answer to the first")
     assert forker.poll(pid) is None, "the first SIGINT did not wait for the step"
-    start = time.monotonic()
     os.kill(pid, signal.SIGINT)
-    assert forker.wait(pid, LIMIT) == 128 + signal.SIGINT
-    assert time.monotonic() - start < 3
-    assert not training(tmp_path / "out")
+    assert forker.wait(pid) == 128 + signal.SIGINT
+    assert not training(tmp_path / "out"), "the second SIGINT waited for the step"
+
+
+def newest(output: Path) -> int:
+    return max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
+
+
+def test_a_run_that_nohup_started_goes_on_when_the_terminal_closes(
+    forker: Forker, endless: list[str], tmp_path: Path
+) -> None:
+    """`nohup` starts a program with SIGHUP ignored; the other signals still stop it."""
+    pid, log = forker.start(FULL.__name__, endless, ignored=(signal.SIGHUP,))
+    wait_until(lambda: training(tmp_path / "out"), "a checkpoint")
+    os.kill(pid, signal.SIGHUP)
+    step = newest(tmp_path / "out")
+    wait_until(lambda: newest(tmp_path / "out") > step + 3 or forker.poll(pid) is not None, "the next checkpoints")
+    assert forker.poll(pid) is None, log.read_text()[-3000:]
+    os.kill(pid, signal.SIGTERM)
+    assert forker.wait(pid) == 128 + signal.SIGTERM
+    assert_stopped(FULL, signal.SIGTERM, log.read_text(), tmp_path / "out")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -151,7 +170,7 @@ def test_a_signal_to_all_processes_of_a_run_with_loader_workers_ends_it_after_a_
     pid, log = forker.start(script.__name__, [*endless, "--dataloader_num_workers=2"])
     wait_until(lambda: training(tmp_path / "out"), "a checkpoint")
     os.killpg(pid, number)  # a run of `Forker` leads a group of its own
-    assert forker.wait(pid, LIMIT) == 128 + number, log.read_text()[-3000:]
+    assert forker.wait(pid) == 128 + number, log.read_text()[-3000:]
     assert_stopped(script, number, log.read_text(), tmp_path / "out")
 
     def group_is_gone() -> bool:
@@ -161,7 +180,7 @@ def test_a_signal_to_all_processes_of_a_run_with_loader_workers_ends_it_after_a_
             return True
         return False
 
-    wait_until(group_is_gone, "the end of the loader workers", 20)
+    wait_until(group_is_gone, "the end of the loader workers")
 
 
 # Under a launcher
@@ -196,14 +215,16 @@ def launch(endless: list[str], tmp_path: Path) -> Iterator[Callable[[ModuleType,
         environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
         log = tmp_path / "printed.txt"
         with log.open("w") as file:
-            process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=file, stderr=file)
+            process = subprocess.Popen(
+                command, env=environment, cwd=tmp_path, stdout=file, stderr=file, preexec_fn=default_signals
+            )
         launched.append(Launched(process, log, tmp_path / "out"))
         return launched[-1]
 
     yield start
     for run in launched:
         run.launcher.kill()
-        run.launcher.wait(30)
+        run.launcher.wait(PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +261,6 @@ def test_a_launcher_that_goes_away_before_the_training_begins_leaves_no_process_
     wait_until(lambda: "Encoding 1 prompts" in run.printed, "the first model")
     assert len(run.trainers) == 1
     run.launcher.kill()
-    run.launcher.wait(30)
-    wait_until(lambda: not run.trainers, "the end of the process", 30)
+    run.launcher.wait(PATIENCE)
+    wait_until(lambda: not run.trainers, "the end of the process")
     assert "Saving the result" not in run.printed

@@ -10,7 +10,9 @@ from accelerate import Accelerator
 from diffusers import FluxPipeline
 from PIL import Image
 
-from conftest import Run
+from conftest import Run, one_script
+
+pytestmark = one_script
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import Run
+from conftest import Run, one_script
+
+pytestmark = one_script
 
 DOG, CAT = "a photo of sks dog", "a photo of a cat in a bucket"
 TWO = (f"--validation_prompt={DOG}", f"--validation_prompt={CAT}", "--validation_num_inference_steps=2")
