@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 # Copyright 2026 The FLUX DreamBooth authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# ruff: noqa: E402
 
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0",
+#   "torch>=2.11,<2.14",
 #   "diffusers~=0.42.1",
 #   "transformers~=5.23.0",
 #   "accelerate~=1.15.0",
@@ -15,6 +16,11 @@
 #   "numpy~=2.4.6",
 #   "Pillow~=13.0",
 #   "tqdm~=4.70",
+#   "filelock>=3.16,<5",
+#   "psutil>=6,<8",
+#   "xxhash>=3.5,<5",
+#   "sentencepiece~=0.2.3",
+#   "protobuf~=7.36.2",
 #   "datasets~=5.2.0",
 #   "bitsandbytes~=0.50.2",
 #   "prodigyopt~=1.1.2",
@@ -44,7 +50,6 @@ Where to edit what:
 import argparse
 import contextlib
 import csv
-import fcntl
 import functools
 import gc
 import hashlib
@@ -55,7 +60,6 @@ import math
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -67,19 +71,25 @@ import weakref
 import zlib
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
+
+for library in ("DIFFUSERS", "TRANSFORMERS"):  # they warn, as they are imported, of packages that are not needed
+    os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 import accelerate
 import diffusers
 import numpy as np
+import psutil
 import torch
 import transformers
+import xxhash
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
@@ -98,14 +108,15 @@ from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
 )
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData, load_torch_model, save_torch_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from transformers.hf_argparser import string_to_bool
 from transformers.optimization import Adafactor
 
@@ -119,8 +130,10 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # as the package datasets h
 ASPECT_RATIOS = (1, 7 / 6, 4 / 3, 3 / 2, 7 / 4, 2, 5 / 2, 3)  # of automatic buckets, with their inverses
 PIXELS_PER_TOKEN = 16  # the VAE shrinks by 8, packing by 2: a side must be a multiple of this
 GIB = 1024**3
-LAUNCHER = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by `accelerate launch`
+LAUNCHER = psutil.Process().parent() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by the launcher
 VALIDATION_SIGMAS = 8  # noise levels of the validation loss
+TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
+TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")  # whose versions a model card names
 CURVE_FILE = "loss_curve.png"
 LOG_SECONDS, SMOOTHED_STEPS = 30, 50  # between two lines in a log file; steps that a shown loss is the mean of
@@ -157,6 +170,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with the message alone where a command is wrong: 90 lines of usage would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\nAll flags: {self.prog} --help\n")
 
 
 class AddPrompt(argparse.Action):
@@ -310,7 +330,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     description = "\n".join((__doc__ or "").splitlines()[:1])
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = Parser(description=description, formatter_class=HelpFormatter)
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_prior_arguments(parser)
@@ -452,8 +472,6 @@ def validate_args(args: Namespace) -> None:
     """
     problems = [*range_problems(args), *name_problems(args), *data_contradictions(args), *contradictions(args)]
     problems += [*method_problems(args), *missing_packages(args)]
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        problems.append("--mixed_precision=fp16 needs a GPU; give bf16 or no")
     if problems:
         raise UsageError("\n  ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
 
@@ -504,8 +522,19 @@ def hub_options(args: Namespace, **extra: Any) -> dict[str, Any]:
 
 
 def from_base(kind: Any, args: Namespace, **options: Any) -> Any:
-    """`kind.from_pretrained` of the base model, with `options` beside the Hub's."""
-    return kind.from_pretrained(args.pretrained_model_name_or_path, **hub_options(args, **options))
+    """`kind.from_pretrained` of the base model, with `options` beside the Hub's; a UsageError if it does not load."""
+    name = args.pretrained_model_name_or_path
+    try:
+        return kind.from_pretrained(name, **hub_options(args, **options))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # each loader has its own kinds
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(
+            f"{options.get('subfolder', 'the pipeline')} of --pretrained_model_name_or_path={name} does not load: "
+            f"{reason}. Check that the checkpoint is whole, --revision and --variant, and that what "
+            "requirements_flux.txt names is installed"
+        ) from error
 
 
 # ======================================================================================================================
@@ -974,7 +1003,9 @@ def encode_prompts(
     mine = prompts[accelerator.process_index :: accelerator.num_processes]
     if not mine:
         return gather_dicts({})
-    pipeline = from_base(FluxPipeline, args, transformer=None, vae=None, dtype=dtype).to(accelerator.device)
+    parts = {name: from_base(kind, args, subfolder=name) for name, kind in TOKENIZERS.items()}
+    parts |= {name: from_base(kind, args, subfolder=name, dtype=dtype) for name, kind in TEXT_ENCODERS.items()}
+    pipeline = FluxPipeline(scheduler=None, vae=None, transformer=None, **parts).to(accelerator.device)
     lengths = {"CLIP": (pipeline.tokenizer, pipeline.tokenizer.model_max_length)}
     lengths["T5 (--max_sequence_length)"] = (pipeline.tokenizer_2, args.max_sequence_length)
     for reader, (tokenizer, most) in lengths.items():
@@ -1555,16 +1586,19 @@ class Run:
 
 STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
 RESULT_FILE = "training_result.json"  # written last of all: without it a run is not finished
-HELD: list[int] = []  # the folder that this process writes to, open and locked
-LOCK_SECONDS = 60
+LOCK_FILE, LOCK_SECONDS = ".flux-lock", 60
+HELD: list[FileLock] = []  # the lock of the folder that this process writes to
+PIECE = 2**28  # bytes that one thread hashes at a time
+UMASK = os.umask(0o077)
+os.umask(UMASK)  # there is no call that only reads it
 PARTIAL, OLD = ".flux-partial", ".flux-old"  # ends of names that are being written, or replaced
 FREE_TO_CHANGE = {  # flags that may differ between a run and its resumption without changing the training
     "output_dir", "logging_dir", "report_to", "resume_from_checkpoint", "checkpointing_steps",
     "checkpoints_total_limit", "max_train_steps", "num_train_epochs", "num_validation_images", "validation_epochs",
     "validation_steps", "validation_guidance_scale", "validation_num_inference_steps", "skip_final_inference",
     "validation_prompt", "validation_loss", "validation_data_dir", "push_to_hub", "hub_model_id", "cache_dir",
-    "local_rank", "seed", "dataloader_num_workers", "upcast_before_saving", "sample_batch_size", "save_kohya_format",
-    "save_single_file", "instance_data_dir", "class_data_dir", "validation pictures",
+    "local_rank", "seed", "dataloader_num_workers", "upcast_before_saving", "sample_batch_size", "save_single_file",
+     "instance_data_dir", "class_data_dir", "validation pictures",
 }  # fmt: skip
 
 
@@ -1579,18 +1613,44 @@ def plain_settings(args: Namespace) -> dict[str, bool | int | float | str]:
     return {name: "" if value is None else json.dumps(value) for name, value in settings(args).items()} | plain
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+def hash_piece(path: Path, start: int) -> bytes:
+    """XXH3 of at most PIECE bytes of a file from `start` on."""
+    digest, buffer, left = xxhash.xxh3_64(), memoryview(bytearray(2**22)), PIECE
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (count := file.readinto(buffer[:left])):
+            digest.update(buffer[:count])
+            left -= count
+    return digest.digest()
+
+
+def checksums(paths: Iterable[Path]) -> dict[Path, str]:
+    """Of each file the XXH3 of those of its pieces, which threads read side by side: a checkpoint may have 143 GB."""
+    pieces = [(path, start) for path in paths for start in range(0, max(1, path.stat().st_size), PIECE)]
+    whole: dict[Path, Any] = {path: xxhash.xxh3_64() for path, _ in pieces}
+    with ThreadPoolExecutor() as pool:
+        for (path, _), digest in zip(pieces, pool.map(hash_piece, *zip(*pieces, strict=True)), strict=True):
+            whole[path].update(digest)
+    return {path: digest.hexdigest() for path, digest in whole.items()}
+
+
+def crc32(path: Path) -> int:
+    """The checksum of a file in checkpoints of earlier versions."""
     value = 0
     with path.open("rb") as file:
-        while chunk := file.read(2**24):
+        while chunk := file.read(2**22):
             value = zlib.crc32(chunk, value)
     return value
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or a folder's list of names where a system can tell, is on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
+    except PermissionError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
     os.fsync(descriptor)
     os.close(descriptor)
 
@@ -1598,6 +1658,8 @@ def flush(path: Path) -> None:
 def replace_path(new: Path, final: Path) -> None:
     """Put `new`, flushed, in the place of `final`; what stood there goes only after."""
     for path in [*new.rglob("*"), new]:
+        if path.is_file():
+            path.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
         flush(path)
     old = final.with_name(f".{final.name}{OLD}")
     if final.is_dir():
@@ -1614,19 +1676,19 @@ def lock_folder(folder: Path) -> None:
         UsageError: if another run still writes there.
     """
     while HELD:
-        os.close(HELD.pop())
-    HELD.append(os.open(folder, os.O_RDONLY))
-    for second in range(LOCK_SECONDS):
+        HELD.pop().release()
+    HELD.append(FileLock(folder / LOCK_FILE))
+    for seconds in (0, LOCK_SECONDS):
         try:
-            return fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if second == 0:
-                logger.warning(f"Another run writes to {folder}: waiting up to {LOCK_SECONDS} s for its end")
-            time.sleep(1)
-        except OSError:  # a disk that has no locks
-            return None
+            HELD[0].acquire(timeout=seconds)
+            return
+        except Timeout:
+            if not seconds:
+                logger.warning(f"Another run is using {folder}; waiting up to {LOCK_SECONDS} s")
+        except (OSError, NotImplementedError):  # a disk that has no locks
+            return
     raise UsageError(
-        f"--output_dir is {str(folder)!r}, to which another run writes; wait for it, or give another folder"
+        f"--output_dir is {str(folder)!r}, which another run is using; wait for it, or give another folder"
     )
 
 
@@ -1694,9 +1756,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError("does not match its checksum")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not whole, or damaged: {STATE_FILE}: {error}") from error
-    for name, expected in files.items():
-        if not (path / name).is_file() or checksum(path / name) != expected:
-            raise UsageError(f"{path} is damaged: {name} is missing or does not match its checksum")
+    there = {path / name: expected for name, expected in files.items() if (path / name).is_file()}
+    found = checksums(file for file, expected in there.items() if isinstance(expected, str))
+    found |= {file: crc32(file) for file, expected in there.items() if isinstance(expected, int)}  # earlier versions'
+    if damaged := [name for name, expected in files.items() if found.get(path / name) != expected]:
+        raise UsageError(f"{path} is damaged: {shorten(damaged)}: missing, or not matching the checksum")
     if facts["script"] != Path(__file__).name:
         raise UsageError(f"{path} was written by {facts['script']}, which trains other weights")
     return facts
@@ -1832,9 +1896,8 @@ def save_checkpoint(run: Run) -> None:
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return
-        files = {
-            str(path.relative_to(partial)): checksum(path) for path in sorted(partial.rglob("*")) if path.is_file()
-        }
+        hashes = checksums(path for path in sorted(partial.rglob("*")) if path.is_file())
+        files = {path.relative_to(partial).as_posix(): value for path, value in hashes.items()}
         facts = {"script": Path(__file__).name, "state": asdict(state), "args": settings(args), "data": run.data.facts}
         content = {"files": files, "facts": facts, "checksum": zlib.crc32(json.dumps([files, facts]).encode())}
         (partial / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
@@ -2149,7 +2212,7 @@ def log_validation_loss(run: Run) -> None:
 # ======================================================================================================================
 
 
-def whole_weights(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def whole_weights(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The trained weights by name, in `dtype` or as trained, on the CPU of the main process; nothing on the others.
 
     Called on all processes: what is sharded is gathered tensor by tensor.
@@ -2197,6 +2260,11 @@ def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dt
         index |= {name: FluxPipeline.load_config(args.pretrained_model_name_or_path, **hub_options(args))[name]
                   for name in written}  # fmt: skip
         (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        clip = partial / "text_encoder" / "model.safetensors"
+        # transformers 4 would take other names for no weights, and draw with random ones; transformers 5 takes both.
+        renamed = {f"text_model.{key.removeprefix('text_model.')}": value
+                   for key, value in load(clip.read_bytes()).items()}  # fmt: skip
+        save_file(renamed, clip, {"format": "pt"})
         if args.save_single_file:
             shards = [load_file(path) for path in sorted((partial / "transformer").glob("*.safetensors"))]
             whole = {name: weight.bfloat16() for shard in shards for name, weight in shard.items()}
@@ -2432,7 +2500,12 @@ def push_to_hub(args: Namespace, repo_id: str) -> None:
 # ======================================================================================================================
 
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+
+
+def launcher_is_gone() -> bool:
+    """Whether the process that launched this one has ended; False without a launcher."""
+    return LAUNCHER is not None and (psutil.Process().ppid() != LAUNCHER.pid or not LAUNCHER.is_running())
 
 
 class StopSignals:
@@ -2465,7 +2538,7 @@ class StopSignals:
 
     def pending(self) -> int:
         """The number of the signal that asks to stop, or 0."""
-        if self.received is None and LAUNCHER not in (None, os.getppid()):
+        if self.received is None and launcher_is_gone():
             self.received = signal.SIGTERM
         return 0 if self.received is None else int(self.received)
 
@@ -2478,7 +2551,13 @@ def ignore_signals(_: int) -> None:
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Highest use so far in GiB: of the device since the stage began, where it can say, and of this process."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        import resource  # not on Windows; psutil knows the peak only there
+
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        memory = psutil.Process().memory_info()
+        host = getattr(memory, "peak_wset", memory.rss)
     peak = {"peak_host_memory": host / GIB}
     read = getattr(torch.get_device_module(device), "memory_stats", None)
     # Active, not allocated: what a stream still reads has been given back by name only.
@@ -2673,7 +2752,7 @@ def stop_run(run: Run, number: int, saved: str) -> None:
         "To go on: the same command with --resume_from_checkpoint=latest"
     )
     run.accelerator.end_training()
-    if LAUNCHER not in (None, os.getppid()):  # with it went torch's store, which the process may wait for at its end
+    if launcher_is_gone():  # with it went torch's store, which the process may wait for at its end
         sys.stdout.flush()
         os._exit(128 + number)
     raise SystemExit(128 + number)
@@ -2774,11 +2853,13 @@ def make_accelerator(args: Namespace) -> Accelerator:
     if args.report_to != "none" and not accelerator.log_with:
         raise UsageError(f"--report_to is {args.report_to!r}, which is not installed; install it, or give none")
     precision = accelerator.mixed_precision
-    if precision not in ("no", "bf16", "fp16") or (precision == "fp16" and accelerator.device.type == "cpu"):
+    if precision not in ("no", "bf16", "fp16"):
         raise UsageError(
             f"--mixed_precision is not given, and accelerate's configuration says {precision}, which cannot work here; "
             "give --mixed_precision=bf16 or no"
         )
+    if precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate would leave out both
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     if getattr(args, "full_bf16", False) and precision != "bf16":
         raise UsageError(f"--full_bf16 needs --mixed_precision=bf16, and accelerate's configuration says {precision}")
     for note in notes_on_args(args):

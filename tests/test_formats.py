@@ -1,5 +1,7 @@
 """Files that load elsewhere: what the loaders make of them is the model that was trained."""
 
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 import train_dreambooth_flux as full_script
 import train_dreambooth_lora_flux as script
@@ -71,81 +73,77 @@ def test_dora_resumes_exactly(run: Run, tmp_path: Path) -> None:
     assert any("magnitude" in name for name in one) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def deltas(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Layer to what its adapter adds to its weight, of a file in diffusers' format."""
-    names = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
-    return {name: state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"] * scale for name in names}
+SCALED = ("--rank=4", "--lora_alpha=16", "--learning_rate=1e-2", "--train_text_encoder", "--text_encoder_lr=1e-2")
 
 
-FUSED = {  # layer here: layer of ComfyUI and kohya, and which part of its rows
-    "attn.to_q": ("img_attn_qkv", 0), "attn.to_k": ("img_attn_qkv", 1), "attn.to_v": ("img_attn_qkv", 2),
-    "attn.add_q_proj": ("txt_attn_qkv", 0), "attn.add_k_proj": ("txt_attn_qkv", 1),
-    "attn.add_v_proj": ("txt_attn_qkv", 2), "attn.to_out.0": ("img_attn_proj", 0),
-    "attn.to_add_out": ("txt_attn_proj", 0), "ff.net.0.proj": ("img_mlp_0", 0), "ff.net.2": ("img_mlp_2", 0),
-    "ff_context.net.0.proj": ("txt_mlp_0", 0), "ff_context.net.2": ("txt_mlp_2", 0),
-}  # fmt: skip
-
-
-def kohya_delta(state: dict[str, Tensor], name: str) -> Tensor:
-    """What ComfyUI and kohya's scripts add to a weight: alpha / rank times up times down."""
-    up, down = (state[f"{name}.lora_{part}.weight"] for part in ("up", "down"))
-    return state[f"{name}.alpha"] / down.shape[0] * (up @ down)
-
-
-@pytest.mark.parametrize(
-    ("flags", "scale"), [((), 4.0), (("--use_rslora",), 8.0), (("--lora_layers=attn.to_v,ff.net.2",), 4.0)]
-)
-def test_kohyas_file_adds_the_same_to_the_weights(run: Run, flags: tuple[str, ...], scale: float) -> None:
-    output = run(script, *TRAINED, *flags, "--save_kohya_format")
-    wanted = deltas(load_file(output / "pytorch_lora_weights.safetensors"), scale)
-    state = load_file(output / "pytorch_lora_weights_kohya.safetensors")
-    used = set()
-    for name, delta in wanted.items():
-        part, kind, *rest = name.split(".")
-        if part == "text_encoder":
-            kohya, rows = "lora_te1_text_model_" + "_".join(name.split(".")[1:]).removeprefix("text_model_"), (0, 1)
-        elif kind == "transformer_blocks":
-            layer, at = FUSED[".".join(rest[1:])]
-            kohya, rows = f"lora_unet_double_blocks_{rest[0]}_{layer}", (at, 3 if layer.endswith("qkv") else 1)
-        else:
-            at = ["attn.to_q", "attn.to_k", "attn.to_v"].index(".".join(rest[1:]))
-            kohya, rows = f"lora_unet_single_blocks_{rest[0]}_linear1", (at, None)
-        used.add(kohya)
-        whole = kohya_delta(state, kohya)
-        size = len(delta)
-        assert rows[1] is None or len(whole) == rows[1] * size
-        torch.testing.assert_close(whole[rows[0] * size : (rows[0] + 1) * size], delta, rtol=1e-4, atol=1e-6)
-        if rows[1] is None:  # the rows of the MLP's input, which has no adapter
-            assert whole[3 * size :].abs().max() == 0 and len(whole) == 3 * size + 4 * size
-    assert {name.split(".")[0] for name in state} == used and len(state) == 3 * len(used)
-
-
-def test_diffusers_own_reader_of_kohyas_format_gives_the_adapters_back() -> None:
-    """At FLUX.1 [dev]'s sizes, which that reader takes for granted."""
-    with torch.device("meta"):
-        model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-    generator, layers = torch.Generator().manual_seed(0), {}
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "_blocks." in path:
-            layers[f"{path}.lora_A.weight"] = torch.randn(2, module.in_features, generator=generator)
-            layers[f"{path}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=generator)
-    assert len(layers) == 2 * (14 + 6)
-    back = _convert_kohya_flux_lora_to_diffusers(script.to_kohya(model, layers, 0.5))
-    back = {name.removeprefix("transformer."): value for name, value in back.items()}
-    assert back.keys() == layers.keys()
-    for name in (name for name in layers if "lora_A" in name):  # a product with a vector, which is cheap
-        x, up = torch.randn(layers[name].shape[1], generator=generator), name.replace("lora_A", "lora_B")
-        torch.testing.assert_close(
-            back[up] @ (back[name] @ x), layers[up] @ (layers[name] @ x) / 2, rtol=1e-3, atol=1e-3
-        )
-
-
-def test_a_layer_that_kohya_has_no_name_for_is_left_out_with_a_warning(
-    run: Run, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("flags", "scale"), [((), 4.0), (("--use_rslora",), 8.0)])
+def test_the_result_needs_no_metadata_and_a_checkpoint_keeps_what_is_trained(
+    run: Run, flags: tuple[str, ...], scale: float
 ) -> None:
-    output = run(script, "--lora_layers=x_embedder,attn.to_q", "--save_kohya_format")
-    assert "leaves out x_embedder" in caplog.text
-    assert not [name for name in load_file(output / script.KOHYA_FILE) if "embedder" in name]
+    """In the result the scale is in B, for programs that read no metadata; a checkpoint's B is the trained one."""
+    output = run(script, *SCALED, *flags, "--checkpointing_steps=2", "--upcast_before_saving")
+    result, trained = (load_file(folder / script.LORA_FILE) for folder in (output, output / "checkpoint-2"))
+    assert result.keys() == trained.keys()
+    for name, tensor in result.items():
+        torch.testing.assert_close(tensor, trained[name] * (scale if "lora_B" in name else 1.0))
+    assert any(tensor.abs().max() > 0 for name, tensor in result.items() if "lora_B" in name)
+    assert metadata(output)["transformer.lora_alpha"] == metadata(output)["transformer.r"] == 4
+    assert metadata(output)["text_encoder.use_rslora"] is False
+    assert metadata(output / "checkpoint-2")["transformer.lora_alpha"] == 16
+
+
+def metadata(folder: Path) -> dict[str, Any]:
+    with safe_open(folder / script.LORA_FILE, "pt") as file:
+        return json.loads(file.metadata()["lora_adapter_metadata"])
+
+
+def test_the_metadata_has_no_field_that_another_version_of_peft_may_not_know(run: Run) -> None:
+    known = {
+        "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "use_dora", "lora_bias",
+    }  # fmt: skip
+    for folder in ((output := run(script, *SCALED, "--checkpointing_steps=2")), output / "checkpoint-2"):
+        assert {name.split(".")[1] for name in metadata(folder)} == known
+
+
+def test_clips_layers_are_called_as_transformers_4_and_other_programs_call_them(run: Run) -> None:
+    names = [name for name in load_file(run(script, *SCALED) / script.LORA_FILE) if name.startswith("text_encoder.")]
+    assert names and all(name.startswith("text_encoder.text_model.encoder.layers.") for name in names)
+
+
+def test_a_checkpoint_whose_clip_layers_lack_the_prefix_resumes(run: Run, tmp_path: Path) -> None:
+    """As those of earlier versions do."""
+    flags = (*SCALED, "--max_train_steps=3", "--checkpointing_steps=2")
+    whole = run(script, *flags)
+    file = whole / "checkpoint-2" / script.LORA_FILE
+    with safe_open(file, "pt") as opened:
+        kept = opened.metadata()
+    state = {name.replace(".text_model.", "."): value.clone() for name, value in load_file(file).items()}
+    save_file(state, file, kept)
+    seal(whole / "checkpoint-2")
+    resumed = run(
+        script, *flags, f"--output_dir={tmp_path / 'on'}", f"--resume_from_checkpoint={whole / 'checkpoint-2'}"
+    )
+    one, other = (load_file(folder / script.LORA_FILE) for folder in (whole, resumed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def seal(checkpoint: Path) -> None:
+    """Give a checkpoint that was edited the checksums that earlier versions wrote: CRC-32, as numbers."""
+    path = checkpoint / "training_state.json"
+    content = json.loads(path.read_text())
+    content["files"] = {name: zlib.crc32((checkpoint / name).read_bytes()) for name in content["files"]}
+    content["checksum"] = zlib.crc32(json.dumps([content["files"], content["facts"]]).encode())
+    path.write_text(json.dumps(content))
+
+
+def test_a_pipeline_that_was_saved_has_clips_names_of_transformers_4(run: Run) -> None:
+    """Which takes others for missing weights, and goes on with random ones; transformers 5 reads both."""
+    output = run(full_script, "--train_text_encoder", "--checkpointing_steps=2", "--upcast_before_saving")
+    saved = load_file(output / "text_encoder" / "model.safetensors")
+    trained = load_file(output / "checkpoint-2" / "text_encoder" / "model.safetensors")
+    assert saved.keys() == {f"text_model.{name}" for name in trained}
+    loaded = CLIPTextModel.from_pretrained(output / "text_encoder").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in trained.items())
 
 
 def test_the_single_file_is_the_transformer_in_bfloat16(run: Run) -> None:
@@ -158,6 +156,12 @@ def test_the_single_file_is_the_transformer_in_bfloat16(run: Run) -> None:
         assert torch.equal(one, other) and one.dtype == torch.bfloat16, name
 
 
-def test_extra_files_are_written_on_request_only(run: Run, tmp_path: Path) -> None:
-    assert not (run(script) / script.KOHYA_FILE).exists()
-    assert not (run(full_script, f"--output_dir={tmp_path / 'full'}") / full_script.SINGLE_FILE).exists()
+def test_the_single_file_loads_beside_the_pipeline_that_was_saved(run: Run) -> None:
+    """As README says it."""
+    output = run(full_script, "--save_single_file")
+    path = str(output / "transformer_bf16.safetensors")
+    FluxTransformer2DModel.from_single_file(path, config=str(output), subfolder="transformer", dtype=torch.bfloat16)
+
+
+def test_the_single_file_is_written_on_request_only(run: Run) -> None:
+    assert not (run(full_script) / full_script.SINGLE_FILE).exists()

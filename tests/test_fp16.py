@@ -1,6 +1,5 @@
-"""fp16 with the gradient scaler. accelerate refuses fp16 without a GPU: its parts are put together here on the CPU."""
+"""fp16 with the gradient scaler, on the CPU, where accelerate alone would leave out both autocast and scaler."""
 
-import argparse
 from pathlib import Path
 from types import ModuleType
 
@@ -13,18 +12,10 @@ from conftest import Run
 
 
 @pytest.fixture
-def fp16(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
-    """Make the script's accelerator one that runs fp16 with the scaler that is returned."""
+def fp16(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
+    """The scaler of the next run, in place of the script's own, to be looked at and set."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    original = script.make_accelerator
-
-    def make(args: argparse.Namespace) -> Accelerator:
-        accelerator = original(args)
-        accelerator.state._mixed_precision = "fp16"
-        accelerator.native_amp, accelerator.scaler = True, scaler
-        return accelerator
-
-    monkeypatch.setattr(script, "make_accelerator", make)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
     return scaler
 
 
@@ -43,7 +34,7 @@ def weights(script: ModuleType, folder: Path) -> dict[str, torch.Tensor]:
 
 def test_fp16_trains(script: ModuleType, run: Run, fp16: torch.amp.GradScaler, logged: list[dict[str, float]]) -> None:
     """Gradients are clipped at their true size, and the loss is near that of a float32 run."""
-    flags = ("--max_train_steps=6", "--learning_rate=1e-3", "--upcast_before_saving", "--mixed_precision=no")
+    flags = ("--max_train_steps=6", "--learning_rate=1e-3", "--upcast_before_saving", "--mixed_precision=fp16")
     output = run(script, *flags, "--checkpointing_steps=1")
     half = [(step["loss"], step["grad_norm"]) for step in logged]
     first, last = (weights(script, output / f"checkpoint-{step}") for step in (1, 6))
@@ -60,7 +51,7 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_training_goes_on(
     script: ModuleType, run: Run, fp16: torch.amp.GradScaler, logged: list[dict[str, float]]
 ) -> None:
     fp16._init_scale = 2.0**24
-    output = run(script, "--max_train_steps=14", "--checkpointing_steps=1", "--mixed_precision=no")
+    output = run(script, "--max_train_steps=14", "--checkpointing_steps=1", "--mixed_precision=fp16")
     assert fp16.get_scale() < 2.0**24
     first, second, last = (weights(script, output / f"checkpoint-{step}") for step in (1, 2, 14))
     assert all(torch.equal(first[name], second[name]) for name in first), "an overflowing step moved the weights"
@@ -68,9 +59,18 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_training_goes_on(
     assert all(torch.isfinite(tensor).all() for tensor in last.values()) and len(logged) == 14
 
 
-def test_without_a_gpu_fp16_is_refused_with_the_way_out(
-    script: ModuleType, base_flags: list[str], capsys: pytest.CaptureFixture[str]
+def test_fp16_works_without_a_gpu_as_in_the_scripts_that_people_come_from(
+    script: ModuleType, run: Run, logged: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        script.parse_args([*base_flags, "--mixed_precision=fp16"])
-    assert stop.value.code == 2 and "--mixed_precision=fp16 needs a GPU; give bf16 or no" in capsys.readouterr().err
+    """Under autocast: the transformer's products are float16, what is trained stays float32."""
+    dtypes, linear = set(), torch.nn.functional.linear
+
+    def record(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        y = linear(x, *rest)
+        dtypes.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "linear", record)
+    output = run(script, "--mixed_precision=fp16", "--max_train_steps=2", "--upcast_before_saving")
+    assert torch.float16 in dtypes and len(logged) == 2
+    assert all(tensor.dtype == torch.float32 for tensor in weights(script, output).values())

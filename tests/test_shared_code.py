@@ -35,6 +35,7 @@ DIFFERENT_ON_PURPOSE = {
 }
 ONLY_IN_ONE = {
     "LORA_FILE",
+    "METADATA",
     "TRANSFORMER_TARGETS",
     "TEXT_ENCODER_TARGETS",
     "TRANSFORMER_FILES",
@@ -56,10 +57,7 @@ ONLY_IN_ONE = {
     "save_weights",
     "SINGLE_FILE",
     "COMPONENTS",
-    "KOHYA_FILE",
-    "KOHYA_LAYERS",
     "make_optimizer",
-    "to_kohya",
 }
 
 
