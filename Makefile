@@ -51,6 +51,7 @@ check: $(VENV)/tools
 
 $(VENV)/installed: requirements_flux.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements_flux.txt
 	@touch $@
 

@@ -173,7 +173,7 @@ def write_model(
         shapes, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
     )
     generator = torch.Generator().manual_seed(seed)
-    with tqdm(total=len(shapes), desc=f"Writing {folder.name}", unit="tensor", leave=False) as progress:
+    with tqdm(total=len(shapes), desc=f"Writing {folder.name}", unit="tensor", leave=False, disable=None) as progress:
         for file, names in plan.filename_to_tensors.items():
             shard = {}
             for name in names:
