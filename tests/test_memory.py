@@ -366,8 +366,9 @@ COMPILED = {
     "full in bf16 with updates in the backward pass": (
         full, ["--mixed_precision=bf16", "--full_bf16", "--fused_backward_pass"],
     ),
-    "LoRA with checkpointing on int8": (lora, ["--gradient_checkpointing", "--base_quantization=int8"]),
-    "LoRA with swapped blocks": (lora, ["--gradient_checkpointing", "--blocks_to_swap=2"]),
+    "LoRA with checkpointing and swapped blocks on int8": (
+        lora, ["--gradient_checkpointing", "--base_quantization=int8", "--blocks_to_swap=2"],
+    ),
     "LoRA with buckets": (lora, ["--aspect_ratio_buckets=32,48;48,32", "--train_batch_size=1"]),
 }  # fmt: skip
 
