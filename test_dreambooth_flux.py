@@ -23,7 +23,8 @@ def launched(tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathF
         f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", f"--output_dir={output}",
         "--instance_prompt=a photo of sks dog", "--resolution=32", "--train_batch_size=2", "--num_train_epochs=2",
         "--learning_rate=1e-3", "--train_text_encoder", "--text_encoder_lr=1e-3", "--checkpointing_steps=3",
-        "--validation_prompt=a sks dog", "--validation_epochs=2", "--num_validation_images=1", "--seed=0",
+        "--validation_prompt=a sks dog", "--validation_epochs=2",
+        "--validation_num_inference_steps=4", "--num_validation_images=1", "--seed=0",
     ]  # fmt: skip
     launch(script, flags, output.parent)
     return output

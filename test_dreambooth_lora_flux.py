@@ -39,7 +39,7 @@ def launched(tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathF
         "--instance_prompt=a photo of sks dog", "--resolution=32", "--train_batch_size=2", "--num_train_epochs=4",
         "--learning_rate=1e-2", "--rank=8", "--lora_alpha=16", "--train_text_encoder", "--text_encoder_lr=1e-2",
         "--checkpointing_steps=6", "--checkpoints_total_limit=1", "--validation_prompt=a sks dog",
-        "--validation_epochs=2", "--num_validation_images=2", "--seed=0",
+        "--validation_epochs=2", "--validation_num_inference_steps=4", "--num_validation_images=2", "--seed=0",
     ]  # fmt: skip
     launch(script, flags, output.parent)
     return output

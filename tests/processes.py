@@ -23,23 +23,26 @@ def default_signals(ignored: tuple[int, ...] = ()) -> None:
         signal.signal(number, signal.SIG_IGN if number in ignored else default)
 
 
-def launch_jobs(jobs: dict[Path, list[str]], home: Path) -> None:
+def launch_jobs(jobs: dict[Path, dict[str, Any]], home: Path, **environment: str) -> None:
     """Run record_run.py's jobs, one after the other, on two processes: starting takes longer than training.
 
     Args:
-        jobs: output folder, which is made -> name of a script, and its flags.
+        jobs: folder, which is made -> "script": its name, "flags": its flags, in which {rank} is the process's; if it
+            shall run as `accelerate launch` would start it by a file, "config"; and "environment", to add to it.
         home: an empty folder for what the launch needs.
+        environment: what to add for all jobs.
     """
-    for output in jobs:
-        output.mkdir(parents=True, exist_ok=True)
+    for folder in jobs:
+        folder.mkdir(parents=True, exist_ok=True)
     file = home / "jobs.json"
-    file.write_text(json.dumps({str(output): job for output, job in jobs.items()}))
+    file.write_text(json.dumps({str(folder): job for folder, job in jobs.items()}))
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
         "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
         str(ROOT / "tests" / "record_run.py"), str(file),
     ]  # fmt: skip
     added = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(home)}
+    added |= environment
     done = subprocess.run(command, env=os.environ | added, cwd=home, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -2,10 +2,11 @@
 
 accelerate launch ... tests/record_run.py JOBS.json
 
-JOBS.json maps folders to lists, each of a script's name and its flags. Each process writes <folder>/<rank>.json.
+JOBS.json maps folders to jobs, as `processes.launch_jobs` says. Each process writes <folder>/<rank>.json.
 With SHARD_ON_CPU in the environment, FSDP2 and DeepSpeed run although there is no GPU.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -15,7 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch.distributed.run
 from accelerate import Accelerator
+from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
@@ -68,9 +71,34 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
     return record
 
 
+def launched_environment(config: str) -> dict[str, str]:
+    """What `accelerate launch` adds to the environment of the processes that it starts by a configuration."""
+    found: dict[str, str] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed.run, "run", lambda _: found.update(os.environ))
+        launch_command(launch_command_parser().parse_args([f"--config_file={config}", "script.py"]))
+    assert found
+    return found
+
+
+def run_job(folder: Path, job: dict[str, Any]) -> None:
+    """Run a job of `processes.launch_jobs` in its own environment, and write what this process recorded."""
+    before, script = dict(os.environ), importlib.import_module(job["script"])
+    environment = launched_environment(job["config"]) if job.get("config") else {}
+    own = {name: before[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    os.environ.update(environment | own | job.get("environment", {}))
+    if "SHARD_ON_CPU" in os.environ and "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        os.environ.pop("ACCELERATE_USE_CPU")
+    gc.collect()
+    gc.freeze()  # as the scripts do when they are started: each of their collections would take 0.3 s
+    record = record_run(script, [flag.replace("{rank}", own["RANK"]) for flag in job["flags"]])
+    (folder / f"{record['rank']}.json").write_text(json.dumps(record))
+    os.environ.clear()
+    os.environ.update(before)
+
+
 if __name__ == "__main__":
     # All jobs share one process group: the next one's processes would meet while the last one's are still leaving.
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
-    for folder, (name, *argv) in json.loads(Path(sys.argv[1]).read_text()).items():
-        record = record_run(importlib.import_module(name), argv)
-        Path(folder, f"{record['rank']}.json").write_text(json.dumps(record))
+    for name, job in json.loads(Path(sys.argv[1]).read_text()).items():
+        run_job(Path(name), job)

@@ -3,9 +3,6 @@
 import argparse
 import itertools
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from conftest import SCRIPTS, one_script
-from tests.processes import PATIENCE, ROOT, read_records
+from tests.processes import ROOT, launch_jobs, read_records
 from tests.record_run import record_run
 
 pytestmark = one_script
@@ -37,7 +34,6 @@ RUNS = {
     ("deepspeed_zero3", "full"): ["whole"],
     ("deepspeed_zero3", "lora"): ["whole", "resumed"],
 }
-ENGINES = list(dict.fromkeys(engine for engine, _ in RUNS))
 RESUMED = [case for case, runs in RUNS.items() if "resumed" in runs]
 # Three pictures and five examples on two processes: both are uneven. A schedule that moves, so that its place matters.
 COMMON = [
@@ -64,29 +60,12 @@ def distance(first: Path, second: Path) -> float:
     return max((left[name] - right[name]).abs().max().item() for name in left)
 
 
-def environment(engine: str, home: Path) -> dict[str, str]:
-    """What makes an engine run without a GPU."""
-    added = {"PYTHONPATH": str(ROOT), "TMPDIR": str(home), "DS_ACCELERATOR": "cpu"}
-    added |= {} if engine == "ddp" else {"SHARD_ON_CPU": "1"}
-    dropped = "ACCELERATE_USE_CPU" if engine.startswith("deepspeed") else ""
-    return {name: value for name, value in (os.environ | added).items() if name != dropped}
-
-
-def command(engine: str, jobs: dict[str, list[str]], home: Path, **changes: Any) -> list[str]:
-    """Launch jobs of record_run.py on two processes by a file of `accelerate_configs/`, in float32."""
+def config_of(engine: str, home: Path) -> str:
+    """A file of `accelerate_configs/` for two processes and float32."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / f"{engine}.yaml").read_text())
-    config |= {"num_processes": 2, "mixed_precision": "no", "main_process_port": free_port()} | changes
-    name = f"{engine}-{config['machine_rank']}"
-    (home / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    (home / f"{name}.json").write_text(json.dumps(jobs))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={home / name}.yaml"]
-    return [*launcher, str(ROOT / "tests" / "record_run.py"), str(home / f"{name}.json")]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    path = home / f"{engine}.yaml"
+    path.write_text(yaml.safe_dump(config | {"num_processes": 2, "mixed_precision": "no"}))
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -108,23 +87,23 @@ def one(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def many(
     base: list[str], one: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str, str], Path]:
-    """What two processes make of them, by engine, script and run; one launch an engine."""
-    home, folders = tmp_path_factory.mktemp("engines"), {}
-    for engine in ENGINES:
-        jobs = {}
-        for (_, script), runs in (item for item in RUNS.items() if item[0][0] == engine):
-            for run in runs:
-                folder = folders[engine, script, run] = home / f"{engine}-{script}-{run}"
-                folder.mkdir()
-                before = {"whole": None, "resumed": folders[engine, script, "whole"], "from one": one[script]}[run]
-                extra = [f"--resume_from_checkpoint={before / 'checkpoint-2'}"] if before else VALIDATION
-                flags = [*base, "--train_batch_size=1", f"--output_dir={folder}", *extra]
-                jobs[str(folder)] = [SCRIPTS[script].__name__, *flags]
-        launch = command(engine, jobs, home)
-        done = subprocess.run(
-            launch, env=environment(engine, home), cwd=home, capture_output=True, text=True, timeout=PATIENCE
-        )
-        assert done.returncode == 0, done.stderr[-5000:]
+    """What two processes make of them, by engine, script and run, in one launch."""
+    home, jobs = tmp_path_factory.mktemp("engines"), dict[Path, dict[str, Any]]()
+    folders = {(*case, run): home / "-".join([*case, run]) for case, runs in RUNS.items() for run in runs}
+    for (engine, script, run), folder in folders.items():
+        before = {"resumed": folders[engine, script, "whole"], "from one": one[script]}.get(run)
+        extra = [f"--resume_from_checkpoint={before / 'checkpoint-2'}"] if before else VALIDATION
+        flags = [*base, "--train_batch_size=1", f"--output_dir={folder}", *extra]
+        job = {"script": SCRIPTS[script].__name__, "flags": flags, "config": config_of(engine, home)}
+        jobs[folder] = job | {"environment": {"SHARD_ON_CPU": "1"}}
+    flags = [*base, *VALIDATION, "--train_batch_size=1", f"--output_dir={home / 'machines'}/{{rank}}/out"]
+    # Each process as it is on a machine of its own.
+    alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    jobs[home / "machines"] = {
+        "script": SCRIPTS["lora"].__name__, "flags": flags, "config": config_of("ddp", home), "environment": alone,
+    }  # fmt: skip
+    folders["ddp", "lora", "machines"] = home / "machines"
+    launch_jobs(jobs, home, DS_ACCELERATOR="cpu")
     return folders
 
 
@@ -136,6 +115,8 @@ def logged(folder: Path, name: str) -> list[float]:
 def test_two_processes_train_what_one_trains(engine: str, script: str, one: Any, many: Any) -> None:
     folder = many[engine, script, "whole"]
     assert [record["processes"] for record in read_records(folder)] == [2, 2]
+    facts = json.loads((folder / "checkpoint-2" / "training_state.json").read_text())["facts"]["data"]
+    assert facts["engine"] == {"fsdp2": "FSDP2", "deepspeed_zero2": "ZeRO-2", "deepspeed_zero3": "ZeRO-3"}[engine]
     for name in ("loss", "grad_norm", "lr"):
         assert len(logged(folder, name)) == 4
         assert logged(folder, name) == pytest.approx(logged(one[script], name), rel=1e-5)
@@ -195,26 +176,15 @@ def test_zeros_lora_checkpoint_leaves_the_frozen_base_out(tiny_flux: Path, many:
     assert 0 < sum(path.stat().st_size for path in checkpoint.iterdir()) < base / 3
 
 
-def test_two_machines_train_together_and_save_once(base: list[str], one: Any, tmp_path: Path) -> None:
-    """Two launchers meet on 127.0.0.1; each has an output folder of its own, as without a shared disk."""
-    address = {"num_machines": 2, "main_process_ip": "127.0.0.1", "main_process_port": free_port()}
-    machines = [tmp_path / "first", tmp_path / "second"]
-    running = []
-    for rank, folder in enumerate(machines):
-        folder.mkdir()
-        flags = [*base, *VALIDATION, "--train_batch_size=1", f"--output_dir={folder}"]
-        jobs = {str(folder): [SCRIPTS["lora"].__name__, *flags]}
-        launch = command("ddp", jobs, tmp_path, machine_rank=rank, rdzv_backend="static", **address)
-        running.append(
-            subprocess.Popen(launch, env=environment("ddp", tmp_path), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        )
-    for process in running:
-        error = process.communicate(timeout=PATIENCE)[1]
-        assert process.returncode == 0, error[-5000:]
-    assert logged(machines[0], "loss") == pytest.approx(logged(one["lora"], "loss"), rel=1e-5)
-    assert distance(machines[0], one["lora"]) < 1e-5
-    assert (machines[0] / "image_2.png").is_file()
-    assert {path.name for path in machines[1].iterdir() if not path.name.startswith(".")} == {"1.json"}
+def test_two_machines_train_together_and_save_once(one: Any, many: Any) -> None:
+    """Each has an output folder of its own, as without a shared disk."""
+    folder = many["ddp", "lora", "machines"]
+    assert [record["processes"] for record in read_records(folder)] == [2, 2]
+    assert logged(folder, "loss") == pytest.approx(logged(one["lora"], "loss"), rel=1e-5)
+    first, second = (folder / str(rank) / "out" for rank in range(2))
+    assert distance(first, one["lora"]) < 1e-5
+    assert (first / "image_2.png").is_file()
+    assert [path.name for path in second.iterdir() if not path.name.startswith(".")] == []
 
 
 def test_every_process_runs_as_many_forwards_and_each_picture_is_drawn_once(script: ModuleType) -> None:

@@ -59,16 +59,15 @@ def test_a_quantized_layer_is_as_exact_and_as_small_as_it_says(kind: str, error:
     assert sum(part.nbytes for part in packed) / layer.weight.numel() <= per_weight
 
 
-@pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("nf4", 0.2)])
-def test_a_row_of_small_weights_is_as_exact_as_a_row_of_large_ones(kind: str, error: float) -> None:
-    """Each row has scales of its own: rows here differ by a factor of a million."""
+def test_a_row_of_small_weights_in_int8_is_as_exact_as_a_row_of_large_ones() -> None:
+    """Each row has a scale of its own: rows here differ by a factor of a million."""
     torch.manual_seed(0)
     layer = nn.Linear(256, 64, bias=False)
     with torch.no_grad():
         layer.weight.mul_(torch.logspace(-6, 0, 64)[:, None])
-    weight = lora.QuantizedLinear(layer, kind, CPU)(torch.eye(256)).T
+    weight = lora.QuantizedLinear(layer, "int8", CPU)(torch.eye(256)).T
     errors = (weight - layer.weight).norm(dim=1) / layer.weight.norm(dim=1)
-    assert errors.max() < error
+    assert errors.max() < 0.02
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -130,8 +129,7 @@ def test_a_quantized_base_is_another_base_and_the_checkpoint_knows(
 # ---- swapped blocks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 3, 4])
-@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.parametrize(("quantization", "count"), [("none", 1), ("none", 3), ("none", 4), ("int8", 3), ("nf4", 4)])
 def test_swapped_blocks_train_the_same_weights_and_nothing_reads_them_when_they_are_out(
     count: int, quantization: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,8 +366,9 @@ COMPILED = {
     "full in bf16 with updates in the backward pass": (
         full, ["--mixed_precision=bf16", "--full_bf16", "--fused_backward_pass"],
     ),
-    "LoRA with checkpointing on int8": (lora, ["--gradient_checkpointing", "--base_quantization=int8"]),
-    "LoRA with swapped blocks": (lora, ["--gradient_checkpointing", "--blocks_to_swap=2"]),
+    "LoRA with checkpointing and swapped blocks on int8": (
+        lora, ["--gradient_checkpointing", "--base_quantization=int8", "--blocks_to_swap=2"],
+    ),
     "LoRA with buckets": (lora, ["--aspect_ratio_buckets=32,48;48,32", "--train_batch_size=1"]),
 }  # fmt: skip
 
@@ -393,14 +392,13 @@ def test_compiled_blocks_train_as_uncompiled_ones(
     torch._dynamo.utils.counters.clear()
     compiled = run(script, *flags)
     assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
-    assert found[:3] == pytest.approx(found[3:], rel=1e-3 if "bf16" in case else 1e-5)
+    assert found[:3] == pytest.approx(found[3:], rel=1e-2 if "bf16" in case else 1e-5)  # bf16 has 8 bits
     for name in ("", "checkpoint-3"):
         one, other = saved(eager / name), saved(compiled / name)
         assert one.keys() == other.keys()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@both_scripts
 def test_one_graph_serves_all_blocks_of_a_kind(
     script: ModuleType, base_flags: list[str], monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:

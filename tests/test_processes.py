@@ -94,13 +94,13 @@ def folders(
     tiny_flux: Path, pictures: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Path]:
     """What two processes made, by script and job. All jobs run in one launch, one after the other."""
-    home, jobs, found = tmp_path_factory.mktemp("launch"), dict[Path, list[str]](), dict[tuple[str, str], Path]()
+    home, jobs, found = tmp_path_factory.mktemp("launch"), dict[Path, dict[str, Any]](), dict[tuple[str, str], Path]()
     common = [f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}", *COMMON]
 
     def add(kind: str, job: str, *flags: str) -> None:
         folder = found[kind, job] = home / f"{kind}-{job}"
-        name = SCRIPTS[kind].__name__
-        jobs[folder] = [name, *common, "--train_batch_size=1", f"--output_dir={folder / 'two'}", *flags]
+        given = [*common, "--train_batch_size=1", f"--output_dir={folder / 'two'}", *flags]
+        jobs[folder] = {"script": SCRIPTS[kind].__name__, "flags": given}
 
     for kind in SCRIPTS:
         for job, (flags, micro_batches) in KINDS.items():

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,15 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, float]]:
     steps: dict[int, dict[str, float]] = {}
     monkeypatch.setattr(Accelerator, "log", lambda _, values, step: steps.setdefault(step, {}).update(values))
     return steps
+
+
+@pytest.fixture(autouse=True)
+def signals_arrive() -> Iterator[None]:
+    """Whatever started the tests may ignore signals, and a run leaves those ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def stopping_at(script: ModuleType, step: int) -> Callable[..., Any]:
@@ -385,14 +394,6 @@ def test_a_run_whose_final_pictures_failed_is_not_finished(
 
 
 # Stops
-
-
-def test_nohup_is_respected(script: ModuleType) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with script.StopSignals():
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_during_the_saving_leaves_the_whole_result(

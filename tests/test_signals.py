@@ -230,13 +230,12 @@ def launch(endless: list[str], tmp_path: Path) -> Iterator[Callable[[ModuleType,
 @pytest.mark.parametrize(
     ("script", "processes", "number"),
     [
-        (LORA, 1, signal.SIGTERM),
         (FULL, 1, signal.SIGKILL),
         (LORA, 2, signal.SIGTERM),
         (FULL, 2, signal.SIGKILL),
         (LORA, 2, signal.SIGINT),
     ],
-    ids=["one-SIGTERM", "one-SIGKILL", "two-SIGTERM", "two-SIGKILL", "two-SIGINT"],
+    ids=["one-SIGKILL", "two-SIGTERM", "two-SIGKILL", "two-SIGINT"],
 )
 def test_when_only_the_launcher_gets_the_signal_all_processes_end_after_a_checkpoint(
     launch: Callable[[ModuleType, int], Launched], script: ModuleType, processes: int, number: signal.Signals
@@ -260,7 +259,7 @@ def test_a_launcher_that_goes_away_before_the_training_begins_leaves_no_process_
     run = launch(LORA, 1)
     wait_until(lambda: "Encoding 1 prompts" in run.printed, "the first model")
     assert len(run.trainers) == 1
-    run.launcher.kill()
+    run.launcher.terminate()
     run.launcher.wait(PATIENCE)
     wait_until(lambda: not run.trainers, "the end of the process")
     assert "Saving the result" not in run.printed
