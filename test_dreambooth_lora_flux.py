@@ -63,7 +63,7 @@ def test_clips_adapter_is_in_the_file_and_loads(launched: Path, tiny_flux: Path)
 def test_the_file_says_rank_alpha_and_targets(launched: Path) -> None:
     state, metadata = read_file(launched / LORA)
     for part in ("transformer", "text_encoder"):
-        assert metadata[f"{part}.r"] == 8 and metadata[f"{part}.lora_alpha"] == 16
+        assert metadata[f"{part}.r"] == metadata[f"{part}.lora_alpha"] == 8  # the scale, 16 / 8, is in the weights
         down = [tensor for name, tensor in state.items() if name.startswith(part + ".") and "lora_A" in name]
         assert {tensor.shape[0] for tensor in down} == {8}
     assert set(metadata["transformer.target_modules"]) == set(script.TRANSFORMER_TARGETS)

@@ -48,6 +48,7 @@ Where to edit what:
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import functools
@@ -64,6 +65,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 import unicodedata
@@ -1586,7 +1588,7 @@ class Run:
 
 STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
 RESULT_FILE = "training_result.json"  # written last of all: without it a run is not finished
-LOCK_FILE, LOCK_SECONDS = ".flux-lock", 60
+LOCK_SECONDS = 60
 HELD: list[FileLock] = []  # the lock of the folder that this process writes to
 PIECE = 2**28  # bytes that one thread hashes at a time
 UMASK = os.umask(0o077)
@@ -1669,15 +1671,24 @@ def replace_path(new: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@atexit.register
+def unlock_folder() -> None:
+    """Let other runs into the folder that this process has locked, if it has."""
+    while HELD:
+        with contextlib.suppress(OSError):  # Windows removes the file itself
+            Path(HELD[-1].lock_file).unlink()
+        HELD.pop().release()
+
+
 def lock_folder(folder: Path) -> None:
-    """Keep other runs out of `folder` as long as this process lives; one that is ending is waited for.
+    """Keep other runs on this machine out of `folder` while this process lives; one that is ending is waited for.
 
     Raises:
         UsageError: if another run still writes there.
     """
-    while HELD:
-        HELD.pop().release()
-    HELD.append(FileLock(folder / LOCK_FILE))
+    unlock_folder()
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # beside the user's files it would stay
+    HELD.append(FileLock(Path(tempfile.gettempdir()) / f"flux-{name}.lock"))
     for seconds in (0, LOCK_SECONDS):
         try:
             HELD[0].acquire(timeout=seconds)

@@ -266,7 +266,6 @@ TABLE: dict[str, tuple[Build, list[str]]] = {
     "a misspelt flag": (given("--traln_batch_size=1"), ["--traln_batch_size"]),
     "an unknown choice": (given("--weighting_scheme=cosine"), ["--weighting_scheme", "'cosine'", "cosmap"]),
     "words where a number should be": (given("--max_train_steps=many"), ["--max_train_steps", "'many'"]),
-    "float16 without a GPU": (given("--mixed_precision=fp16"), ["--mixed_precision", "GPU", "bf16"]),
     # what is installed, and the environment
     "no bitsandbytes": (missing_package("bitsandbytes", "--use_8bit_adam"), ["--use_8bit_adam", "bitsandbytes"]),
     "no prodigyopt": (missing_package("prodigyopt", "--optimizer=prodigy"), ["--optimizer=prodigy", "prodigyopt"]),
@@ -278,10 +277,6 @@ TABLE: dict[str, tuple[Build, list[str]]] = {
     "no wandb": (missing_package("wandb", "--report_to=wandb"), ["--report_to", "wandb"]),
     "a tracker that is not installed": (given("--report_to=comet_ml"), ["--report_to", "comet_ml"]),
     "a tracker that does not exist": (given("--report_to=notebook"), ["--report_to", "notebook"]),
-    "an accelerate configuration of float16": (
-        environment("ACCELERATE_MIXED_PRECISION", "fp16"),
-        ["--mixed_precision", "fp16"],
-    ),
     "an accelerate configuration of an unknown precision": (
         environment("ACCELERATE_MIXED_PRECISION", "fp12"),
         ["--mixed_precision", "fp12"],

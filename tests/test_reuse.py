@@ -1,6 +1,5 @@
 """A folder that is used again: nothing of an earlier run is lost, and nothing of it is taken for the new one's."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,7 +25,7 @@ pytestmark = one_script
 
 LATEST = "--resume_from_checkpoint=latest"
 EVERY = "--checkpointing_steps=1"
-EXTRA = {"train_dreambooth_flux": "--save_single_file", "train_dreambooth_lora_flux": "--save_kohya_format"}
+EXTRA = {"train_dreambooth_flux": "--save_single_file", "train_dreambooth_lora_flux": "--upcast_before_saving"}
 
 
 def names(folder: Path) -> set[str]:
@@ -293,21 +293,25 @@ def test_two_runs_do_not_write_to_one_folder(
     monkeypatch.setattr(script, "LOCK_SECONDS", 1)
     output = tmp_path / "out"
     (output / ".checkpoint-1.flux-partial").mkdir(parents=True)  # which the other one is writing
-    other = os.open(output, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(script.UsageError, match="to which another run writes"):
+    script.lock_folder(output)
+    other = FileLock(script.HELD[0].lock_file)
+    script.unlock_folder()
+    other.acquire()
+    with pytest.raises(script.UsageError, match="which another run is using"):
         run(script)
-    assert "Another run writes to" in caplog.text
+    assert "Another run is using" in caplog.text
     assert names(output) == {".checkpoint-1.flux-partial"}
-    os.close(other)
+    other.release()
     run(script)
 
 
 def test_a_folder_that_a_run_has_made_is_locked_too(script: ModuleType, run: Run) -> None:
-    other = os.open(run(script), os.O_RDONLY)
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(other)
+    run(script)
+    path = Path(script.HELD[0].lock_file)
+    with pytest.raises(Timeout):
+        FileLock(path).acquire(timeout=0)
+    script.unlock_folder()
+    assert not path.exists()
 
 
 # What the training can do without
@@ -497,11 +501,3 @@ def test_the_card_keeps_prompts_as_they_are_and_names_no_folder(
     card = (output / "README.md").read_text()
     assert r"| `--instance_prompt` | `` /imagine a `sks` dog\|cat `` |" in card
     assert str(tiny_flux.parent) not in card
-
-
-def test_a_kohya_file_of_nothing_is_not_written(run: Run, caplog: pytest.LogCaptureFixture) -> None:
-    import train_dreambooth_lora_flux as script
-
-    output = run(script, "--save_kohya_format", "--lora_layers=x_embedder")
-    assert not (output / script.KOHYA_FILE).exists() and "is not written: there is nothing" in caplog.text
-    assert json.loads((output / script.RESULT_FILE).read_text())["save_kohya_format"] is True
