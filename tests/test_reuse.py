@@ -239,9 +239,10 @@ def test_prodigy_keeps_what_it_has_learned(script: ModuleType, run: Run, logged:
 @both_scripts
 def test_a_finished_run_with_other_wishes_fulfils_them(script: ModuleType, run: Run) -> None:
     output = run(script, EVERY)
-    assert not (output / script.ON_REQUEST[1]).exists()
+    wanted = [output / name for name in ("image_0.png", *script.ON_REQUEST[1:])]
+    assert not any(path.exists() for path in wanted)
     run(script, EVERY, LATEST, EXTRA[script.__name__], "--validation_prompt=a dog")
-    assert (output / script.ON_REQUEST[1]).is_file() and (output / "image_0.png").is_file()
+    assert all(path.is_file() for path in wanted)
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(
