@@ -53,7 +53,8 @@ SHAPES: dict[str, list[tuple[int, str, tuple[float, ...]]]] = {
     "cat": [
         (ACCENT, "polygon", (-0.45, 0.95, -0.95, 0.6, -0.95, -0.2, -0.7, -0.2, -0.65, 0.45, -0.35, 0.6)),
         (BODY, "ellipse", (-0.55, -0.3, 0.5, 1.05)), (BODY, "rectangle", (0.1, 0.4, 0.5, 1)),
-        (ACCENT, "polygon", (-0.25, -0.5, -0.25, -1, 0.1, -0.7)), (ACCENT, "polygon", (0.3, -0.7, 0.65, -1, 0.65, -0.5)),
+        (ACCENT, "polygon", (-0.25, -0.5, -0.25, -1, 0.1, -0.7)),
+        (ACCENT, "polygon", (0.3, -0.7, 0.65, -1, 0.65, -0.5)),
         (BODY, "ellipse", (-0.3, -0.85, 0.7, 0)), (DETAIL, "ellipse", (0.32, -0.55, 0.52, -0.35)),
     ],
     "bird": [

@@ -13,20 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.small_world.draw import (
-    ACCENT, BACKGROUND, BODY, CLASSES, COLOURS, DARK, DETAIL, FACINGS, PATTERN, PATTERNS, PLACES, POSITIONS, SIDE,
-    SIZES, Looks, Scene, any_looks, any_scene, backdrop, draw, layout,
-)  # fmt: skip
+from benchmarks.small_world import draw
 
 CLEAR = 0.1  # the largest error, root mean square of pixels in 0..1, of a picture that counts as drawn
-LAYOUTS = list(product(CLASSES, PATTERNS, SIZES, FACINGS, POSITIONS))
+LAYOUTS = list(product(draw.CLASSES, draw.PATTERNS, draw.SIZES, draw.FACINGS, draw.POSITIONS))
 
 
 class Reading(NamedTuple):
     """What a picture shows, and how far its pixels are from that (root mean square, pixels in 0..1)."""
 
-    looks: Looks
-    scene: Scene
+    looks: draw.Looks
+    scene: draw.Scene
     error: float
 
     @property
@@ -37,7 +34,7 @@ class Reading(NamedTuple):
 @cache
 def regions() -> np.ndarray:
     """Which region each pixel belongs to: booleans as float32, (5, layouts, SIDE * SIDE)."""
-    shares = np.stack([layout(kind, *rest) for kind, *rest in LAYOUTS], axis=1)
+    shares = np.stack([draw.layout(kind, *rest) for kind, *rest in LAYOUTS], axis=1)
     labels = shares.reshape(5, len(LAYOUTS), -1).argmax(axis=0)
     return np.stack([labels == region for region in range(5)]).astype(np.float32)
 
@@ -52,11 +49,13 @@ def colour_errors(pixels: np.ndarray, region: int, colours: np.ndarray) -> np.nd
 def read(picture: np.ndarray) -> Reading:
     """Read a picture, (SIDE, SIDE, 3), uint8."""
     pixels = picture.reshape(-1, 3).astype(np.float32) / 255
-    behind = np.stack([backdrop(place).reshape(-1, 3) / 255 for place in PLACES])
-    palette = np.float32(list(COLOURS.values())) / 255
-    place = regions()[BACKGROUND] @ ((pixels - behind) ** 2).sum(axis=2).T
-    detail = colour_errors(pixels, DETAIL, np.float32([DARK]) / 255)[:, 0]
-    body, pattern, accent = (colour_errors(pixels, region, palette) for region in (BODY, PATTERN, ACCENT))
+    behind = np.stack([draw.backdrop(place).reshape(-1, 3) / 255 for place in draw.PLACES])
+    palette = np.float32(list(draw.COLOURS.values())) / 255
+    place = regions()[draw.BACKGROUND] @ ((pixels - behind) ** 2).sum(axis=2).T
+    detail = colour_errors(pixels, draw.DETAIL, np.float32([draw.DARK]) / 255)[:, 0]
+    body, pattern, accent = (
+        colour_errors(pixels, region, palette) for region in (draw.BODY, draw.PATTERN, draw.ACCENT)
+    )
     same = np.eye(len(palette), dtype=np.float32) * 1e9  # neither a pattern nor an accent has the body's colour
     plain = np.array([layout[1] == "plain" for layout in LAYOUTS])
     second = pattern[:, None, :] + same * ~plain[:, None, None]
@@ -65,15 +64,15 @@ def read(picture: np.ndarray) -> Reading:
     errors = detail + place.min(axis=1) + painted.min(axis=1)
     best = int(errors.argmin())
     main = int(painted[best].argmin())
-    names, (kind, pattern_name, *where) = list(COLOURS), LAYOUTS[best]
-    looks = Looks(
+    names, (kind, pattern_name, *where) = list(draw.COLOURS), LAYOUTS[best]
+    looks = draw.Looks(
         kind, names[main], pattern_name, names[second[best, main].argmin()], names[third[best, main].argmin()]
     )
-    scene = Scene(list(PLACES)[place[best].argmin()], *where)
+    scene = draw.Scene(list(draw.PLACES)[place[best].argmin()], *where)
     return Reading(looks, scene, float(max(errors[best], 0) / pixels.size) ** 0.5)
 
 
-def looks_right(reading: Reading, looks: Looks) -> float:
+def looks_right(reading: Reading, looks: draw.Looks) -> float:
     """The share, 0 to 1, of the colour, the pattern, its colour and the accent that are right; 0 for another class.
 
     A pattern that is missing or hardly there has no colour. A blurred picture has nothing right.
@@ -90,8 +89,8 @@ def accuracy(noise: float, count: int = 200) -> tuple[float, float]:
     """How often the scene, and how often the looks, of a true picture are read right, with noise of 0 to 255."""
     generator, scenes, looks = np.random.default_rng(1), 0, 0.0
     for _ in range(count):
-        thing, scene = any_looks(generator), any_scene(generator)
-        picture = draw(thing, scene, generator) + generator.normal(0, noise, (SIDE, SIDE, 3))
+        thing, scene = draw.any_looks(generator), draw.any_scene(generator)
+        picture = draw.draw(thing, scene, generator) + generator.normal(0, noise, (draw.SIDE, draw.SIDE, 3))
         reading = read(picture.clip(0, 255).astype(np.uint8))
         scenes += reading.scene == scene
         looks += looks_right(reading, thing) if thing.pattern != "plain" else float(reading.looks.pattern == "plain")

@@ -1,0 +1,178 @@
+"""How well does it teach? One row a way of training: several subjects and seeds, mean and spread of every score.
+
+    python -m benchmarks.small_world.table teaching                         # all rows: hours on 2 cores
+    python -m benchmarks.small_world.table teaching --rows 'LoRA' 'full'    # only these
+    python -m benchmarks.small_world.table --list                           # the rows and their flags
+
+Every run is appended to teaching/runs.jsonl as it ends, and every row to teaching/table.md once all its runs are
+there: started again, it goes on where it was stopped. All rows train for the same number of steps.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.small_world import draw
+from benchmarks.small_world.measure import CHECKPOINT, RARE_WORD, TEXT_LENGTH, Readings, load, read_model, score
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {"lora": ROOT / "train_dreambooth_lora_flux.py", "full": ROOT / "train_dreambooth_flux.py"}
+TRAINING_STEPS = 300
+PICTURES = 5
+SCORES = ["fidelity", "seen_fidelity", "prompt", "preservation", "diversity", "seconds"]
+PRIOR = ["--with_prior_preservation", "--num_class_images=48", "--sample_batch_size=48"]
+# What the README recommends for this world. Flags that a row adds come later and win.
+COMMON = ["--train_batch_size=4", "--guidance_scale=1", "--center_crop", "--lr_scheduler=constant"]
+LORA = [*COMMON, "--rank=16", "--lora_alpha=16", "--learning_rate=2e-3"]
+FULL = [*COMMON, "--learning_rate=1e-4"]
+OWN = ["--cache_latents", "--skip_final_inference", "--checkpointing_steps=100000"]  # other scripts do not know these
+
+# Name: (script, its flags, pictures of the subject, whether captions say the place).
+ROWS: dict[str, tuple[str, list[str], int, bool]] = {
+    "LoRA": ("lora", [*LORA, *PRIOR], PICTURES, False),
+    "full": ("full", [*FULL, *PRIOR], PICTURES, False),
+    "LoRA, no prior": ("lora", LORA, PICTURES, False),
+    "full, no prior": ("full", FULL, PICTURES, False),
+    "LoRA, prior weight 0.3": ("lora", [*LORA, *PRIOR, "--prior_loss_weight=0.3"], PICTURES, False),
+    "LoRA, captions": ("lora", [*LORA, *PRIOR], PICTURES, True),
+    "LoRA, 20 pictures": ("lora", [*LORA, *PRIOR], 20, False),
+    "LoRA, rank 4": ("lora", [*LORA, *PRIOR, "--rank=4", "--lora_alpha=4"], PICTURES, False),
+    "LoRA, Prodigy": ("lora", [*LORA, *PRIOR, "--optimizer=prodigy", "--learning_rate=1"], PICTURES, False),
+    "full, Prodigy": ("full", [*FULL, *PRIOR, "--optimizer=prodigy", "--learning_rate=1"], PICTURES, False),
+    "LoRA, logit-normal": ("lora", [*LORA, *PRIOR, "--weighting_scheme=logit_normal"], PICTURES, False),
+    "LoRA, dynamic shift": ("lora", [*LORA, *PRIOR, "--flow_shift=dynamic"], PICTURES, False),
+    "LoRA, EMA": ("lora", [*LORA, *PRIOR, "--use_ema", "--ema_decay=0.98"], PICTURES, False),
+    "full, EMA": ("full", [*FULL, *PRIOR, "--use_ema", "--ema_decay=0.98"], PICTURES, False),
+    "LoRA, CLIP too": ("lora", [*LORA, *PRIOR, "--train_text_encoder", "--text_encoder_lr=1e-3"], PICTURES, False),
+    "LoRA, bf16": ("lora", [*LORA, *PRIOR, "--mixed_precision=bf16"], PICTURES, False),
+    "LoRA, int8 base": ("lora", [*LORA, *PRIOR, "--base_quantization=int8"], PICTURES, False),
+    "LoRA, nf4 base": ("lora", [*LORA, *PRIOR, "--base_quantization=nf4"], PICTURES, False),
+}
+
+
+def write_pictures(folder: Path, number: int, count: int) -> None:
+    """Photograph subject `number`: PNG files, and a caption that says the place beside each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    looks, generator = draw.subject_looks(number), np.random.default_rng([number, 4])
+    for index, scene in enumerate(draw.subject_scenes(number, count)):
+        Image.fromarray(draw.draw(looks, scene, generator)).save(folder / f"{index:02d}.png")
+        (folder / f"{index:02d}.txt").write_text(draw.caption(looks, scene, ("place",), RARE_WORD) + "\n")
+
+
+def world_flags(folder: Path, number: int, count: int, steps: int, seed: int) -> list[str]:
+    """Flags of a run in this world on `count` pictures of subject `number`, as any script of this family has them."""
+    pictures, kind = folder / f"subject-{number}-{count}", draw.subject_looks(number).kind
+    write_pictures(pictures, number, count)
+    return [
+        f"--pretrained_model_name_or_path={CHECKPOINT}", f"--instance_data_dir={pictures}",
+        f"--instance_prompt=a photo of {RARE_WORD} {kind}", f"--class_prompt=a photo of a {kind}",
+        f"--class_data_dir={folder / f'class-{kind}'}", f"--output_dir={folder / 'trained'}",
+        f"--resolution={draw.SIDE}", f"--max_sequence_length={TEXT_LENGTH}", f"--max_train_steps={steps}",
+        f"--seed={seed}", "--report_to=none",
+    ]  # fmt: skip
+
+
+def train(script: Path, flags: list[str], folder: Path) -> float:
+    """Run a script, which writes into `folder`/trained, and return its seconds.
+
+    Raises:
+        RuntimeError: if it fails, with the end of what it said.
+    """
+    shutil.rmtree(folder / "trained", ignore_errors=True)
+    started = time.monotonic()
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, str(script), *flags], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{script.name} {' '.join(flags)}\n{done.stderr[-3000:]}")
+    return time.monotonic() - started
+
+
+@cache
+def read_base(number: int, seed: int) -> Readings:
+    return read_model(load(), number, seed)
+
+
+def measure(trained: Path | None, number: int, seed: int) -> dict[str, float]:
+    """The scores of what was trained on subject `number`, or of the base."""
+    model = read_model(load(trained), number, seed)
+    return score(number, model, read_base(number, 1000), read_base(number, 1001))
+
+
+def run_row(name: str, folder: Path, number: int, seed: int, steps: int) -> dict[str, float]:
+    """Train and measure one row's way on one subject with one seed."""
+    script, flags, count, captions = ROWS[name]
+    flags = [*world_flags(folder, number, count, steps, seed), *OWN, *flags]
+    flags = [flag for flag in flags if "--with_prior_preservation" in flags or not flag.startswith("--class_")]
+    seconds = train(SCRIPTS[script], [*flags, *["--caption_extension=.txt"] * captions], folder)
+    return measure(folder / "trained", number, seed) | {"seconds": round(seconds, 1)}
+
+
+def row_of(name: str, runs: list[dict[str, float]]) -> str:
+    """A line of the table: mean and standard deviation over the runs."""
+    cells = []
+    for column in SCORES:
+        values = [run[column] for run in runs if column in run]
+        digits = 0 if column == "seconds" else 2
+        cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values else "")
+    return f"| {name} | {' | '.join(cells)} |\n"
+
+
+def header(subjects: int, seeds: int, steps: int) -> str:
+    columns = " | ".join(name.replace("_", " ") for name in SCORES)
+    return f"{subjects} subjects x {seeds} seeds, {steps} steps\n\n| | {columns} |\n|---{'|---:' * len(SCORES)}|\n"
+
+
+def make_rows(args: argparse.Namespace, names: list[str], run_one: Callable[..., dict[str, float]] = run_row) -> None:
+    """Do every run that runs.jsonl lacks, and append each row that is whole to table.md."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    log, table = args.folder / "runs.jsonl", args.folder / "table.md"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(line["row"], line["subject"], line["seed"], line["steps"]): line["scores"] for line in lines}
+    if not table.exists():
+        table.write_text(header(args.subjects, args.seeds, args.steps))
+    for name in names:
+        runs = []
+        for number in range(args.subjects):
+            for seed in range(args.seeds):
+                key = (name, number, seed, args.steps)
+                if key not in done:
+                    done[key] = run_one(name, args.folder, number, seed, args.steps)
+                    line = dict(zip(("row", "subject", "seed", "steps", "scores"), (*key, done[key]), strict=True))
+                    with log.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                runs.append(done[key])
+        row = row_of(name, runs)
+        print(row, end="", flush=True)
+        if row not in table.read_text():
+            with table.open("a") as file:
+                file.write(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("teaching"), help="where everything goes")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="names of rows (default: all)")
+    parser.add_argument("--list", action="store_true", help="print the rows and their flags, and stop")
+    parser.add_argument("--subjects", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--seeds", type=int, default=3, help="of each subject (default: 3)")
+    parser.add_argument("--steps", type=int, default=TRAINING_STEPS, help=f"(default: {TRAINING_STEPS})")
+    args = parser.parse_args()
+    if args.list:
+        for name, (script, flags, count, captions) in ROWS.items():
+            print(f"{name}: {SCRIPTS[script].name} {' '.join(flags)}, {count} pictures{', captions' * captions}")
+        return
+    make_rows(args, args.rows or list(ROWS))
+
+
+if __name__ == "__main__":
+    main()
