@@ -16,7 +16,7 @@
 #   "numpy~=2.4.6",
 #   "Pillow~=13.0",
 #   "tqdm~=4.70",
-#   "filelock>=3.16,<5",
+#   "filelock~=4.2",
 #   "psutil>=6,<8",
 #   "xxhash>=3.5,<5",
 #   "sentencepiece~=0.2.3",
@@ -1661,7 +1661,8 @@ def replace_path(new: Path, final: Path) -> None:
     """Put `new`, flushed, in the place of `final`; what stood there goes only after."""
     for path in [*new.rglob("*"), new]:
         if path.is_file():
-            path.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
+            with contextlib.suppress(OSError):  # a disk without modes
+                path.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
         flush(path)
     old = final.with_name(f".{final.name}{OLD}")
     if final.is_dir():
@@ -1688,10 +1689,11 @@ def lock_folder(folder: Path) -> None:
     """
     unlock_folder()
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # beside the user's files it would stay
-    HELD.append(FileLock(Path(tempfile.gettempdir()) / f"flux-{name}.lock"))
+    lock = FileLock(Path(tempfile.gettempdir()) / f"flux-{name}.lock")
     for seconds in (0, LOCK_SECONDS):
         try:
-            HELD[0].acquire(timeout=seconds)
+            lock.acquire(timeout=seconds)
+            HELD.append(lock)  # only now: what this process does not hold it must not remove
             return
         except Timeout:
             if not seconds:

@@ -302,6 +302,8 @@ def test_two_runs_do_not_write_to_one_folder(
         run(script)
     assert "Another run is using" in caplog.text
     assert names(output) == {".checkpoint-1.flux-partial"}
+    script.unlock_folder()  # as at the end of the process that was refused
+    assert Path(other.lock_file).exists(), "the other run's lock was removed"
     other.release()
     run(script)
 

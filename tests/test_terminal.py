@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.terminal import screen
 from conftest import Run, both_scripts, one_script
 
 pytestmark = one_script
@@ -18,23 +19,6 @@ LINE = re.compile(
     r"step (\d+)/(\d+), (\d\d:\d\d) left, epoch (\d+), loss (\d+\.\d{4}), lr ([\de.-]+), "
     r"(\d+\.\d\d) s/step, (\d+\.\d) GiB"
 )
-
-
-def screen(printed: str) -> list[str]:
-    """The lines that a terminal shows after `printed`: carriage returns write over, `ESC [ A` goes up."""
-    lines, row, column = [""], 0, 0
-    for part in re.split(r"(\r|\n|\x1b\[\d*[A-Za-z])", printed):
-        if part == "\r":
-            column = 0
-        elif part == "\n":
-            row, column = row + 1, 0
-            lines += [""] * (row + 1 - len(lines))
-        elif part.startswith("\x1b["):
-            row -= int(part[2:-1] or 1) if part.endswith("A") else 0
-        else:
-            lines[row] = lines[row].ljust(column)[:column] + part + lines[row][column + len(part) :]
-            column += len(part)
-    return [line.rstrip() for line in lines]
 
 
 class Terminal(io.StringIO):
