@@ -39,25 +39,32 @@
 What is trained is held in float32: for FLUX.1 [dev] 44 GiB of weights, as much of gradients, and the optimizer's state.
 With `--train_text_encoder`, CLIP is trained whole too; T5 is only ever used to encode the prompts.
 
-Where to edit what:
-    another crop, caption or file format   section 2, images and captions
-    another loss or noise schedule         section 5, flow matching: `sample_sigmas`, `flow_matching_loss`
-    which weights are trained              section 6, transformer: `load_transformer`
-    another optimizer                      section 7, `library_optimizer`
-    what is logged                         section 11, `train`
+To change something, edit this. All but the flags stands in part one:
+    a flag                      a line of `FLAGS`; everywhere it is `args.NAME`, in the loss `options.NAME`
+    the loss, or its target     `flow_matching_loss`, `training_loss`: all they may depend on is in `StepInputs`
+    how noise levels are drawn  `sample_sigmas`
+    what an example holds       `DreamBoothDataset.load`; from there to the loss: `collate`, `prepare_inputs`
+    the crop, the flip          `draw_crop`, `crop_picture`
+    which weights are trained   `load_transformer`; from which: the same
+    an optimizer                an entry of `OPTIMIZERS`
+    validation pictures         `draw_validation_pictures`, `sample_pictures`
+    what is logged              `log_step`
 """
+
+from __future__ import annotations
 
 import argparse
 import atexit
 import contextlib
-import csv
 import functools
 import gc
 import hashlib
+import importlib
 import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -68,19 +75,18 @@ import sys
 import tempfile
 import textwrap
 import time
-import unicodedata
 import weakref
 import zlib
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 for library in ("DIFFUSERS", "TRANSFORMERS"):  # they warn, as they are imported, of packages that are not needed
     os.environ.setdefault(f"{library}_VERBOSITY", "error")
@@ -98,6 +104,7 @@ from accelerate.utils import (
     DynamoBackend,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    broadcast_object_list,
     disable_fsdp_ram_efficient_loading,
     gather_object,
 )
@@ -105,53 +112,779 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import (
-    EMAModel,
-    compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
-)
+from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData, load_torch_model, save_torch_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from transformers.hf_argparser import string_to_bool
-from transformers.optimization import Adafactor
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".tga",
-}  # fmt: skip
-TEXT_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".csv", ".md"}  # nobody misses them among the pictures
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # as the package datasets has them, with a column file_name
-ASPECT_RATIOS = (1, 7 / 6, 4 / 3, 3 / 2, 7 / 4, 2, 5 / 2, 3)  # of automatic buckets, with their inverses
-PIXELS_PER_TOKEN = 16  # the VAE shrinks by 8, packing by 2: a side must be a multiple of this
-GIB = 1024**3
-LAUNCHER = psutil.Process().parent() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by the launcher
-VALIDATION_SIGMAS = 8  # noise levels of the validation loss
-TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
-TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")  # whose versions a model card names
-CURVE_FILE = "loss_curve.png"
-LOG_SECONDS, SMOOTHED_STEPS = 30, 50  # between two lines in a log file; steps that a shown loss is the mean of
-SHEET_FILE, SHEET_ROWS, SHEET_CELL = "contact_sheet.jpg", 32, 256  # of validation pictures: most rows, pixels of a cell
-INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-NO_BACKWARD = re.compile("sage|_flash_3$")  # attention back-ends that cannot train
-ATTENTION_BACKENDS = [kind.value for kind in AttentionBackendName if not NO_BACKWARD.search(kind.value)]
-PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SCHEDULES = [kind.value for kind in SchedulerType]
-WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
-TRANSFORMER_FILES = "diffusion_pytorch_model{suffix}.safetensors"
-SINGLE_FILE = "transformer_bf16.safetensors"
-COMPONENTS = ["scheduler/", "text_encoder/", "text_encoder_2/", "tokenizer/", "tokenizer_2/", "transformer/", "vae/"]
-ON_REQUEST = ["image_*.png", SINGLE_FILE]
-RESULTS = ["README.md", CURVE_FILE, "model_index.json", *COMPONENTS, *ON_REQUEST]  # what is pushed, beside the sheet
 KIND, TAGS, PROJECT = "full fine-tuning", ["full"], "dreambooth-flux"
+OUTPUT_DIR, TEXT_LENGTH = "flux-dreambooth", 77  # defaults
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PIXELS_PER_TOKEN = 16  # the VAE shrinks by 8, packing by 2: a side must be a multiple of this
+ASPECT_RATIOS = (1, 7 / 6, 4 / 3, 3 / 2, 7 / 4, 2, 5 / 2, 3)  # of automatic buckets, with their inverses
+VALIDATION_SIGMAS = 8  # noise levels of the validation loss
+
+
+# ==================================================== 1. The story ====================================================
+
+
+def main(args: Namespace) -> None:
+    """The story of a run. What a stage loads is freed when its function returns: the peak is the largest stage."""
+    accelerator = make_accelerator(args)
+    pictures, resumed, repo_id = check_everything(args, accelerator)  # what can go wrong, before a model is loaded
+    state = start_state(args, resumed)
+    dataset = prepare_dataset(args, accelerator, pictures, state.seed)  # draws the class pictures that are missing
+    resolve_steps(args, accelerator, dataset, state)
+    if broadcast_object_list([is_finished(args)])[0]:
+        logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
+        if args.push_to_hub and accelerator.is_main_process:
+            push_to_hub(args, repo_id)
+        return
+    start_trackers(args, accelerator)
+    data = prepare_data(args, accelerator, dataset, pictures)  # prompts to embeddings, pictures to latents
+    train_and_save(args, accelerator, data, resumed, state)
+    if args.validation_prompt and not args.skip_final_inference:
+        embeds = [data.prompts[prompt] for prompt in args.validation_prompt]
+        del data  # and with it the VAE: what was saved brings its own
+        with stage(args, accelerator, "Drawing the final pictures"):
+            draw_final_pictures(args, accelerator, embeds, state, weight_dtype(accelerator))
+    if accelerator.is_main_process:
+        with warn_if_unwritable("The model card"):
+            write_model_card(args, accelerator, repo_id, pictures, state)
+            mark_finished(args)
+        if args.push_to_hub:
+            push_to_hub(args, repo_id)
+    accelerator.end_training()
+    logger.info(closing_summary(args, state))
+
+
+def train_and_save(
+    args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: Checkpoint | None, state: RunState
+) -> None:
+    """Load the transformer, go on from a checkpoint, train, save the result; the memory of all that is free after."""
+    with stage(args, accelerator, "Loading the transformer"):
+        trained = prepare_training(args, accelerator, data, resumed, state.seed)
+    run = Run(args, accelerator, data, trained, state)
+    changes = [] if resumed is None else load_checkpoint(run, resumed)
+    schedule = make_schedule(args, accelerator, data.dataset, state)
+    if accelerator.is_main_process:
+        set_aside(args, resumed, state.step, changed=bool(changes))
+    with StopSignals() as signals:
+        with stage(args, accelerator, "Training"), logging_redirect_tqdm():
+            if state.step == 0 or state.owes_validation:
+                validate(run)
+            train(run, schedule, signals)
+        with stage(args, accelerator, "Saving the result"):
+            dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
+            partial = Path(args.output_dir) / f".results{PARTIAL}"
+            with cleanup_on_failure(args, "the result", partial, 4 * trained.size), trained.averaged():
+                save_results(args, accelerator, trained, dtype)
+        if any(gather_object([signals.pending()])):
+            save_checkpoint(run)  # with which `latest` has only the pictures and the card to make
+            stop_run(run, signals.pending(), f"the result and checkpoint-{state.step}")
+    accelerator.free_memory()
+    accelerator._custom_objects.clear()  # the average
+
+
+def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
+    """The loop: from `state.step` to `schedule.last_step`, with validation and checkpoints on the way."""
+    args, accelerator, trained, state = run.args, run.accelerator, run.trained, run.state
+    loader = DataLoader(
+        run.data.dataset,
+        batch_sampler=schedule,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        generator=generator_for(state.seed, "loader"),
+        worker_init_fn=ignore_signals,
+    )
+    sigma_table = load_scheduler(args).sigmas
+    start, total = time.perf_counter(), torch.zeros(2, device=accelerator.device)  # loss, and who wants to stop
+    progress = Progress(run, schedule)
+    batches = ((batch["keys"][0], prepare_inputs(run, batch, sigma_table)) for batch in loader)
+    upcoming = next(batches, None)
+    while upcoming is not None:
+        key, inputs = upcoming
+        with accumulate(accelerator, trained.models, key.last):
+            # What still draws from the global generator, dropout, is repeatable too.
+            torch.manual_seed(generator_for(state.seed, "dropout", key.epoch, key.position).initial_seed())
+            if trained.text_encoder is not None:
+                inputs.pooled_prompt_embeds = pool_with_clip(trained.text_encoder, inputs.pooled_prompt_embeds)
+            loss = training_loss(trained.transformer, inputs)
+            backward(run, loss)
+            total[0] += loss.detach()
+        if not key.last:
+            upcoming = next(batches, None)
+            continue
+        grad_norm = clip_gradients(run)
+        trained.optimizer.step()
+        trained.lr_scheduler.step()
+        trained.optimizer.zero_grad()
+        if trained.ema is not None:
+            trained.ema.step(trained.parameters)
+        state.step += 1
+        upcoming = next(batches, None)  # reading the loss waits for the device: the next inputs are made before
+        total[1] = signals.pending()
+        step_loss, stop = accelerator.reduce(total, reduction="sum").tolist()
+        progress.update(log_step(run, step_loss, grad_norm, time.perf_counter() - start))
+        epoch, left = divmod(state.step, schedule.steps_per_epoch)
+        due = left == 0 and (epoch - 1) % args.validation_epochs == 0
+        due = due or bool(args.validation_steps and state.step % args.validation_steps == 0)
+        state.owes_validation = due and stop > 0
+        if stop or state.step % args.checkpointing_steps == 0:
+            save_checkpoint(run)
+        if stop:
+            progress.close()
+            stop_run(run, signals.pending(), f"checkpoint-{state.step}")
+        if due:
+            validate(run)
+        total.zero_()
+        start = time.perf_counter()
+    progress.close()
+
+
+def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) -> dict[str, float]:
+    """Log what an optimizer step did: `loss` is its mean over micro-batches and processes. Add your numbers here."""
+    check_finite(run, loss, 0.0 if grad_norm is None or run.accelerator.scaler else float(grad_norm))  # fp16 skips it
+    group = run.trained.optimizer.param_groups[0]
+    values = {"loss": loss, "lr": run.trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
+    values |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
+    values |= {"prodigy_d": float(group["d"])} if "d" in group else {}  # Prodigy's estimate of the step size
+    values |= peak_memory(run.accelerator.device)
+    run.state.seconds += seconds
+    run.accelerator.log(values, step=run.state.step)
+    return values
+
+
+@dataclass
+class StepInputs:
+    """All that the loss of a micro-batch may depend on, on the device.
+
+    B is the number of pictures. With prior preservation the instance pictures come first, then as many class pictures.
+    """
+
+    latents: Tensor  # (B, C, H, W), scaled
+    noise: Tensor  # (B, C, H, W)
+    sigmas: Tensor  # (B,)
+    prompt_embeds: Tensor  # (B, T, D), from T5
+    pooled_prompt_embeds: Tensor  # (B, P), from CLIP; for a CLIP that is trained its token ids (B, 77), until it ran
+    guidance: Tensor | None  # (B,), or None for a model that takes none (FLUX.1 [schnell])
+    loss_weights: Tensor  # of the instance pictures; over all micro-batches and processes of a step they sum to 1
+    options: Namespace  # every flag by its name
+
+
+def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> StepInputs:
+    """Turn what `collate` made of a micro-batch into the inputs of its loss; all that is random is drawn here."""
+    args, data, seed = run.args, run.data, run.state.seed
+    device, keys = run.accelerator.device, batch["keys"]
+
+    def move(tensor: Tensor) -> Tensor:  # a copy from page-locked memory does not wait for what the device is busy with
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    sources = ("instance", "class")[: len(batch["prompts"]) // len(keys)]
+    draws = [(source, key.epoch, key.position) for source in sources for key in keys]  # what names a picture's draws
+    if "latents" in batch:
+        distribution = LatentDistribution(*map(move, batch["latents"]))
+    else:
+        distribution = encode_pixels(data.vae, move(batch["pixels"]))
+    shape = distribution.mean.shape[1:]
+    posterior = move(draw_normal(shape, seed, "posterior", draws))
+    shift = flow_shift(args.flow_shift, shape[-2] // 2 * (shape[-1] // 2), data.scheduler_config)
+    sigmas = sample_sigmas([generator_for(seed, "sigma", *draw) for draw in draws], sigma_table, args, shift)
+    embeds = [data.prompts[prompt] for prompt in batch["prompts"]]
+    pooled = "pooled_prompt_embeds" if run.trained.text_encoder is None else "clip_ids"
+    transformer = unwrap(run.trained.transformer)
+    return StepInputs(
+        latents=sample_latents(distribution, posterior, data.shift_factor, data.scaling_factor),
+        noise=move(draw_normal(shape, seed, "noise", draws)),
+        sigmas=move(sigmas),
+        prompt_embeds=torch.stack([move(embed.prompt_embeds) for embed in embeds]),
+        pooled_prompt_embeds=torch.stack([move(getattr(embed, pooled)) for embed in embeds]),
+        guidance=make_guidance(transformer, args.guidance_scale, len(embeds), device),
+        loss_weights=move(batch["loss_weights"]),
+        options=args,
+    )
+
+
+# ======================================================================================================================
+# 2. Flow matching
+#
+# B pictures, C latent channels, H x W latent height and width (pixels / 8), L = H/2 * W/2 image tokens, T text tokens,
+# D and P the widths of T5 and CLIP. sigma 1 is pure noise; the model predicts the velocity `noise - latents`.
+# ======================================================================================================================
+
+
+def training_loss(transformer: nn.Module, inputs: StepInputs) -> Tensor:
+    """From latents, noise and sigmas to the loss of a micro-batch, a scalar; in training and validation alike."""
+    noisy_latents = add_noise(inputs.latents, inputs.noise, inputs.sigmas)
+    text = (inputs.prompt_embeds, inputs.pooled_prompt_embeds)
+    velocity = predict_velocity(transformer, noisy_latents, inputs.sigmas, *text, inputs.guidance)
+    target = pack_latents(inputs.noise - inputs.latents)
+    losses = flow_matching_loss(velocity, target, inputs.sigmas, inputs.options)
+    return weigh_losses(losses, inputs.loss_weights, inputs.options.prior_loss_weight)
+
+
+def flow_matching_loss(velocity: Tensor, target: Tensor, sigmas: Tensor, options: Namespace) -> Tensor:
+    """Weighted mean squared error of a packed velocity (B, L, 4C) against its target, a picture: (B,), float32.
+
+    Packing is a permutation, so the mean is taken over the packed tokens. Weights: sigma_sqrt 1 / sigma^2, cosmap
+    2 / (pi * (1 - 2 sigma + 2 sigma^2)), else 1 (https://arxiv.org/abs/2403.03206).
+    """
+    errors = (velocity.float() - target.float()).square()
+    return compute_loss_weighting_for_sd3(options.weighting_scheme, sigmas) * errors.mean(dim=(1, 2))
+
+
+def weigh_losses(losses: Tensor, loss_weights: Tensor, prior_loss_weight: float) -> Tensor:
+    """Losses of B instance pictures, or of B instance and B class pictures, as one number.
+
+    With weights (B,) of 1/B: the mean over the instance pictures, plus `prior_loss_weight` times that over the class
+    pictures (https://arxiv.org/abs/2208.12242, equation 2).
+    """
+    if len(losses) == len(loss_weights):
+        return (loss_weights * losses).sum()
+    instance, prior = losses.chunk(2)
+    return (loss_weights * instance).sum() + prior_loss_weight * (loss_weights * prior).sum()
+
+
+def predict_velocity(
+    transformer: nn.Module,
+    noisy_latents: Tensor,
+    sigmas: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor,
+    guidance: Tensor | None,
+) -> Tensor:
+    """The one call of the model, in the field's words.
+
+    Args:
+        transformer: a FluxTransformer2DModel, wrapped or not. It takes sigma itself as its timestep.
+        noisy_latents: (B, C, H, W).
+        sigmas: (B,).
+        prompt_embeds: (B, T, D), from T5.
+        pooled_prompt_embeds: (B, P), from CLIP.
+        guidance: (B,), or None for a model without guidance embeddings.
+
+    Returns:
+        The velocity, packed: (B, L, 4C).
+    """
+    return transformer(
+        hidden_states=pack_latents(noisy_latents),
+        timestep=sigmas,
+        guidance=guidance,
+        pooled_projections=pooled_prompt_embeds,
+        encoder_hidden_states=prompt_embeds,
+        txt_ids=noisy_latents.new_zeros(prompt_embeds.shape[1], 3),
+        img_ids=make_image_ids(noisy_latents.shape[-2], noisy_latents.shape[-1], noisy_latents.device),
+        return_dict=False,
+    )[0]
+
+
+def sample_sigmas(
+    generators: list[torch.Generator], sigma_table: Tensor, options: Namespace, shift: float = 1.0
+) -> Tensor:
+    """Draw one noise level a picture, with a generator each: (B,), float32.
+
+    u in [0, 1) is drawn by `--weighting_scheme` (logit_normal and mode: https://arxiv.org/abs/2403.03206, section 3.1;
+    the others uniformly) and looked up in the scheduler's table, which falls from 1 to 1/1000; then it is shifted.
+    """
+    scheme = (options.weighting_scheme, 1, options.logit_mean, options.logit_std, options.mode_scale)
+    u = torch.cat([compute_density_for_timestep_sampling(*scheme, generator=generator) for generator in generators])
+    index = (u * len(sigma_table)).long().clamp(0, len(sigma_table) - 1)
+    return shift_sigmas(sigma_table[index].float(), shift)
+
+
+def flow_shift(setting: float | str | None, tokens: int, config: Any) -> float:
+    """The shift for a picture of L image tokens: "dynamic" is exp(mu) of FLUX.1's sampler, mu linear in L."""
+    if setting != "dynamic":
+        return 1.0 if setting is None else float(setting)
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Sigmas moved towards noise for a shift above 1; https://arxiv.org/abs/2403.03206, equation 23."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """Latents (B, C, H, W) on their straight path to noise, at sigmas (B,); https://arxiv.org/abs/2210.02747."""
+    sigmas = sigmas.view(-1, 1, 1, 1)
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """Each 2 x 2 patch of latents (B, C, H, W) becomes a token: (B, L, 4C)."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, (height // 2) * (width // 2), 4 * channels)
+
+
+def make_image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Position of each token, (L, 3): zero, row, column, for latents of `height` x `width`."""
+    sides = (torch.arange(side // 2, device=device, dtype=torch.float32) for side in (height, width))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
+
+
+def make_guidance(transformer: nn.Module, scale: float, batch: int, device: torch.device) -> Tensor | None:
+    """The guidance input of an unwrapped transformer, (B,), or None if it takes none (FLUX.1 [schnell])."""
+    config: Any = transformer.config
+    return torch.full((batch,), scale, device=device) if config.guidance_embeds else None
+
+
+# ============================ 3. Data: what a picture is, and what an example holds of it =============================
+
+Size = tuple[int, int]  # width and height in pixels
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture and its prompt, which no shuffle can part."""
+
+    name: str
+    open: Callable[[], Image.Image]  # as it is stored
+    prompt: str
+    size: Size = (1, 1)  # of the upright picture; this and a digest of its pixels are found by `check_pictures`
+    digest: str = ""
+
+    def read(self) -> Image.Image:
+        """The picture upright, in 8-bit RGB."""
+        with self.open() as stored:
+            return to_rgb(stored)
+
+
+class Crop(NamedTuple):
+    """What of a picture is trained on: it is resized to cover `size`, cropped there, and perhaps mirrored."""
+
+    size: Size
+    left: int  # pixels after resizing
+    top: int
+    flip: bool
+
+
+def draw_crop(picture: Size, size: Size, args: Namespace, generator: torch.Generator | None) -> Crop:
+    """Choose how a picture is cropped to `size`; without a generator it is the centre, not mirrored."""
+    width, height = resized_size(*picture, size)
+    spare = (width - size[0], height - size[1])
+    if generator is None or args.center_crop:
+        left, top = (round(side / 2) for side in spare)
+    else:
+        left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in spare)
+    flip = generator is not None and args.random_flip and bool(torch.rand((), generator=generator) < 0.5)
+    return Crop(size, left, top, flip)
+
+
+def crop_picture(image: Image.Image, crop: Crop, mode: str) -> Image.Image:
+    """A picture, or what lies over it, of `crop.size`; `mode` is a filter of `--image_interpolation_mode`."""
+    image = image.resize(resized_size(*image.size, crop.size), Image.Resampling[mode.upper()])
+    image = image.crop((crop.left, crop.top, crop.left + crop.size[0], crop.top + crop.size[1]))
+    return ImageOps.mirror(image) if crop.flip else image
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB picture as (3, height, width), float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def resized_size(width: int, height: int, size: Size) -> Size:
+    """Width and height of a picture that was resized to cover `size`, its aspect kept."""
+    if width * size[1] <= height * size[0]:
+        return size[0], int(size[0] * height / width)
+    return int(size[1] * width / height), size[1]
+
+
+def nearest_size(size: Size, sizes: list[Size]) -> Size:
+    """Which of `sizes` is nearest to `size` in log aspect ratio, and among equals in log area; all width, height."""
+    aspect, area = size[0] / size[1], math.prod(size)
+    return min(sizes, key=lambda to: (abs(math.log(aspect / (to[0] / to[1]))), abs(math.log(area / math.prod(to)))))
+
+
+def training_sizes(args: Namespace) -> list[Size]:
+    """What pictures are cropped to: the square of `--resolution`, or the sizes of `--aspect_ratio_buckets`."""
+    if not args.aspect_ratio_buckets:
+        return [(args.resolution, args.resolution)]
+    if args.aspect_ratio_buckets == "auto":
+        roots = [math.sqrt(ratio) for ratio in ASPECT_RATIOS]
+        wide = [(whole_tokens(args.resolution * root), whole_tokens(args.resolution / root)) for root in roots]
+        return list(dict.fromkeys([*wide, *((width, height) for height, width in wide)]))
+    pairs = (pair.split(",") for pair in args.aspect_ratio_buckets.split(";"))
+    return [(int(width), int(height)) for height, width in pairs]
+
+
+def whole_tokens(pixels: float) -> int:
+    """The nearest side that the transformer can take."""
+    return max(1, round(pixels / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
+
+
+class DreamBoothDataset(Dataset):
+    """Instance pictures, repeated, each paired with a class picture where there are any, as `args` say."""
+
+    def __init__(
+        self, instance_pictures: list[Picture], class_pictures: list[Picture], args: Namespace, seed: int
+    ) -> None:
+        instance, sizes = [picture for picture in instance_pictures for _ in range(args.repeats)], training_sizes(args)
+        self.sources = {"instance": instance} | ({"class": class_pictures} if class_pictures else {})
+        self.args, self.seed = args, seed
+        # Of each example: that of its instance picture, which the class picture is cropped to as well.
+        self.buckets = [nearest_size(instance[index % len(instance)].size, sizes) for index in range(len(self))]
+        self.cached: dict[tuple[str, int, Size], dict[str, Any]] | None = None  # by source, index in it and bucket
+
+    def __len__(self) -> int:
+        return max(len(pictures) for pictures in self.sources.values())
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt that a batch may have, once."""
+        prompts = [picture.prompt for pictures in self.sources.values() for picture in pictures]
+        return list(dict.fromkeys(prompts + ([""] if self.args.caption_dropout else [])))
+
+    def load(self, source: str, index: int, size: Size, *draw: int) -> dict[str, Any]:
+        """What an example holds of a picture; whatever else stands beside its pixels (a mask, a weight) is added here.
+
+        `draw` names the crop's draw. With `--cache_latents` the pixels become latents once, and the rest is kept.
+        """
+        image = self.sources[source][index].read()
+        crop = draw_crop(image.size, size, self.args, generator_for(self.seed, "view", source, *draw))
+        return {"crop": crop, "pixels": to_pixels(crop_picture(image, crop, self.args.image_interpolation_mode))}
+
+    def __getitem__(self, key: ExampleKey) -> dict[str, Any]:
+        example: dict[str, Any] = {"key": key}
+        size, drawn = self.buckets[key.example], generator_for(self.seed, "caption dropout", key.epoch, key.position)
+        dropped = {"instance"} if torch.rand((), generator=drawn) < self.args.caption_dropout else set()
+        for source, pictures in self.sources.items():
+            index = key.example % len(pictures)
+            if self.cached is None:
+                held = self.load(source, index, size, key.epoch, key.position)
+            else:
+                held = self.cached[source, index, size]
+            example[source] = {"prompt": "" if source in dropped else pictures[index].prompt} | held
+        return example
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """B examples as one batch of B pictures, or of 2B: all instance pictures, then all class pictures.
+
+    Returns:
+        "keys": list of B; "loss_weights": (B,); "prompts": list of B or 2B; then all that `load` gives, stacked:
+        "pixels": (B or 2B, 3, H, W), or "latents": a LatentDistribution of (B or 2B, C, h, w) each; "crop".
+    """
+    sources = [source for source in ("instance", "class") if source in examples[0]]
+    pictures = default_collate([example[source] for source in sources for example in examples])
+    keys = [example["key"] for example in examples]
+    loss_weights = torch.tensor([key.loss_weight for key in keys])
+    return {"keys": keys, "loss_weights": loss_weights, "prompts": pictures.pop("prompt")} | pictures
+
+
+# ============================== 4. Encoders: prompts to embeddings, pictures to latents ===============================
+
+
+class PromptEmbeds(NamedTuple):
+    """One prompt as FLUX.1 takes it, on the CPU."""
+
+    prompt_embeds: Tensor  # (T, D), from T5
+    pooled_prompt_embeds: Tensor  # (P,), from CLIP
+    clip_ids: Tensor  # (77,), for a CLIP that is trained
+
+
+@torch.no_grad()
+def encode_prompts(
+    args: Namespace, accelerator: Accelerator, prompts: list[str], dtype: torch.dtype
+) -> dict[str, PromptEmbeds]:
+    """Encode every distinct prompt of the run once, the processes sharing the work, and free the encoders.
+
+    The pipeline itself encodes, so that training sees what sampling will see: T5 padded to `--max_sequence_length`,
+    padding attended to.
+    """
+    mine = prompts[accelerator.process_index :: accelerator.num_processes]
+    if not mine:
+        return gather_dicts({})
+    kinds = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
+    parts = {name: from_base(kind, args, subfolder=name) for name, kind in kinds.items()}
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+    parts |= {name: from_base(kind, args, subfolder=name, dtype=dtype) for name, kind in kinds.items()}
+    pipeline = FluxPipeline(scheduler=None, vae=None, transformer=None, **parts).to(accelerator.device)
+    lengths = {"CLIP": (pipeline.tokenizer, pipeline.tokenizer.model_max_length)}
+    lengths["T5 (--max_sequence_length)"] = (pipeline.tokenizer_2, args.max_sequence_length)
+    for reader, (tokenizer, most) in lengths.items():
+        cut = [repr(prompt[:60]) for prompt in prompts if len(tokenizer(prompt).input_ids) > most]
+        if cut:
+            logger.info(f"{len(cut)} prompts are cut: {reader} reads {most} tokens of {shorten(cut, 5)}")
+    encoded = {}
+    hidden = not accelerator.is_main_process or None  # None: where there is no terminal
+    for prompt in tqdm(mine, desc="Encoding prompts", leave=False, delay=2, disable=hidden):
+        embeds, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=args.max_sequence_length)
+        clip_ids = pipeline.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        encoded[prompt] = PromptEmbeds(embeds[0].cpu(), pooled[0].cpu(), clip_ids[0])
+    return gather_dicts(encoded)
+
+
+def pool_with_clip(text_encoder: nn.Module, clip_ids: Tensor) -> Tensor:
+    """CLIP's pooled vector, (B, P), of token ids (B, 77)."""
+    return text_encoder(clip_ids).pooler_output
+
+
+def load_vae(args: Namespace, accelerator: Accelerator) -> AutoencoderKL:
+    """The frozen VAE: bfloat16 in a bf16 run, else float32 (in float16 its activations overflow)."""
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    vae = from_base(AutoencoderKL, args, subfolder="vae", dtype=dtype)
+    return vae.requires_grad_(False).eval().to(accelerator.device)
+
+
+class LatentDistribution(NamedTuple):
+    """What the VAE makes of pixels: mean and standard deviation, each (..., C, H, W), float32, before scaling."""
+
+    mean: Tensor
+    std: Tensor
+
+
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> LatentDistribution:
+    """The posterior over latents of pixels (B, 3, 8H, 8W) in [-1, 1]: mean and deviation, (B, C, H, W)."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return LatentDistribution(posterior.mean.float(), posterior.std.float())
+
+
+def sample_latents(
+    distribution: LatentDistribution, noise: Tensor, shift_factor: float, scaling_factor: float
+) -> Tensor:
+    """A draw from the posterior, scaled as the transformer wants it: (B, C, H, W)."""
+    sample = distribution.mean + distribution.std * noise
+    return (sample - shift_factor) * scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, packed_latents: Tensor, size: Size) -> Image.Image:
+    """The picture, of `size` in pixels, of packed latents (1, L, 4C)."""
+    latents = FluxPipeline._unpack_latents(packed_latents, size[1], size[0], vae_scale_factor=8)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample[0].float().cpu()
+    return Image.fromarray(((pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset) -> None:
+    """Encode every picture of the dataset once, the processes sharing the work.
+
+    What is kept is the posterior, so that each step still draws a sample of its own. Repeats of a picture get crops
+    and flips of their own; where they come out the same, they are encoded once.
+    """
+    examples = list(enumerate(dataset.buckets))
+    needed = [(source, index % len(part), size) for source, part in dataset.sources.items() for index, size in examples]
+    mine = list(dict.fromkeys(needed))[accelerator.process_index :: accelerator.num_processes]
+    cached, encoded = dict[tuple[str, int, Size], dict[str, Any]](), dict[Any, LatentDistribution]()
+    bar = tqdm(mine, desc="Encoding pictures", leave=False, delay=2, disable=not accelerator.is_main_process or None)
+    for source, index, size in bar:
+        held = dataset.load(source, index, size, 0, index)
+        pixels, picture = held.pop("pixels"), (source, dataset.sources[source][index].name, held["crop"])
+        if picture not in encoded:
+            encoded[picture] = LatentDistribution(*(part[0].cpu() for part in encode_pixels(vae, pixels[None])))
+        cached[source, index, size] = held | {"latents": encoded[picture]}
+    dataset.cached = gather_dicts(cached)
+
+
+# ===================================== 5. What is trained, and in which precision =====================================
+
+
+def load_transformer(args: Namespace, accelerator: Accelerator) -> FluxTransformer2DModel:
+    """The transformer, all of it trainable, in float32, or in bfloat16 with `--full_bf16`."""
+    transformer = read_transformer(args, accelerator, torch.bfloat16 if args.full_bf16 else torch.float32)
+    set_up_blocks(args, transformer)
+    return transformer.requires_grad_(True).train()
+
+
+def load_text_encoder(args: Namespace) -> CLIPTextModel:
+    """CLIP, all of it trainable, in float32."""
+    text_encoder = from_base(CLIPTextModel, args, subfolder="text_encoder", dtype=torch.float32)
+    if args.gradient_checkpointing:
+        text_encoder.gradient_checkpointing_enable()
+    return text_encoder.requires_grad_(True).train()
+
+
+# ============================================= 6. Optimizer and schedule ==============================================
+
+
+class OptimizerEntry(NamedTuple):
+    """What is known of an optimizer. It gets `--learning_rate`, weight decay and its `settings`."""
+
+    module: str  # where its class is, imported when it is asked for; the package must be installed
+    name: str
+    settings: Callable[[Namespace, str], dict[str, Any]]  # from flags and kind of device; a resumed run takes these
+    engines: tuple[DistributedType, ...] = ()  # that shard a model and can still run it; most need whole tensors
+    whole: bool = False  # whether it needs all gradients at once, and one learning rate for all
+
+
+def adam_settings(args: Namespace) -> dict[str, Any]:
+    return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
+PRODIGY_SETTINGS = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # on which torch has an AdamW in one kernel
+OPTIMIZERS = {  # by the name that --optimizer takes
+    "AdamW": OptimizerEntry(
+        "torch.optim", "AdamW", lambda args, device: adam_settings(args) | {"fused": device in FUSED_DEVICES},
+        engines=(DistributedType.FSDP, DistributedType.DEEPSPEED),
+    ),
+    "AdamW8bit": OptimizerEntry(
+        "bitsandbytes.optim", "AdamW8bit", lambda args, _: adam_settings(args), engines=(DistributedType.DEEPSPEED,)
+    ),
+    "adafactor": OptimizerEntry(  # the learning rate is what the user says
+        "transformers.optimization", "Adafactor", lambda args, _: {"scale_parameter": False, "relative_step": False}
+    ),
+    "prodigy": OptimizerEntry(
+        "prodigyopt", "Prodigy", whole=True, settings=lambda args, _:
+            adam_settings(args) | {name: getattr(args, f"prodigy_{name}") for name in PRODIGY_SETTINGS},
+    ),
+}  # fmt: skip
+
+
+def chosen_optimizer(args: Namespace) -> OptimizerEntry:
+    """The entry of `--optimizer`, in any case; `--use_8bit_adam` makes it AdamW8bit."""
+    name = "adamw8bit" if args.use_8bit_adam and args.optimizer.lower() == "adamw" else args.optimizer.lower()
+    return {known.lower(): entry for known, entry in OPTIMIZERS.items()}[name]
+
+
+def parameter_groups(args: Namespace, transformer: nn.Module, text_encoder: nn.Module | None) -> list[dict]:
+    """The trainable parameters with their learning rates and weight decays."""
+    groups = [{"params": transformer, "lr": args.learning_rate, "weight_decay": args.adam_weight_decay}]
+    if text_encoder is not None:
+        lr = args.learning_rate if chosen_optimizer(args).whole else args.text_encoder_lr
+        groups.append({"params": text_encoder, "lr": lr, "weight_decay": args.adam_weight_decay_text_encoder})
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"].parameters() if parameter.requires_grad]
+    return groups
+
+
+def make_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer:
+    """The optimizer of `--optimizer` over `groups`."""
+    entry, device = chosen_optimizer(args), groups[0]["params"][0].device.type
+    make = getattr(importlib.import_module(entry.module), entry.name)
+    return make(groups, lr=args.learning_rate, **entry.settings(args, device))
+
+
+def make_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule, which moves once an optimizer step, however many processes there are."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+# =================================================== 7. Validation ====================================================
+
+
+def validate(run: Run) -> None:
+    """What `--validation_loss` and `--validation_prompt` ask for, from the live model or the average of its weights."""
+    with run.trained.averaged():
+        if run.args.validation_loss:
+            log_validation_loss(run)
+        if run.args.validation_prompt and (run.state.step > 0 or run.args.validation_steps):
+            draw_validation_pictures(run)
+
+
+@torch.no_grad()
+def validation_loss(run: Run) -> float:
+    """Mean of the training's loss over the validation pictures at fixed, equally spaced sigmas and fixed noise.
+
+    Unlike the training loss, whose sigmas and noise are drawn anew, it compares from step to step and run to run.
+    """
+    accelerator, data, device = run.accelerator, run.data, run.accelerator.device
+    transformer, count = unwrap(run.trained.transformer), len(data.validation)
+    guidance = make_guidance(transformer, run.args.guidance_scale, 1, device)
+    total = torch.zeros((), device=device)
+    transformer.eval()
+    for number in own_share(accelerator, count):
+        prompt, latents = data.validation[number % count]
+        embeds = embed_prompt(accelerator, run.trained.text_encoder, data.prompts[prompt])
+        text, pooled = embeds.prompt_embeds[None].to(device), embeds.pooled_prompt_embeds[None].to(device)
+        for level in range(VALIDATION_SIGMAS):
+            sigmas = torch.full((1,), (level + 0.5) / VALIDATION_SIGMAS, device=device)
+            noise = draw_normal(latents.shape[1:], 0, "validation", [(number, level)]).to(device)
+            one = torch.full((1,), float(number < count), device=device)  # a filler counts nothing
+            inputs = StepInputs(latents.to(device), noise, sigmas, text, pooled, guidance, one, run.args)
+            total += training_loss(transformer, inputs)
+    transformer.train()
+    return accelerator.reduce(total, reduction="sum").item() / (count * VALIDATION_SIGMAS)
+
+
+def log_validation_loss(run: Run) -> None:
+    """Compute and log the validation loss, also relative to that of the untrained model where that was computed."""
+    loss, state = validation_loss(run), run.state
+    values, text = {"validation_loss": loss}, f"Validation loss at step {state.step}: {loss:.5f}"
+    if state.step == 0:
+        state.untrained_loss = loss
+    if state.untrained_loss is not None:
+        values["validation_loss_relative"] = loss / state.untrained_loss
+        text += f", {values['validation_loss_relative']:.4f} of the untrained model's"
+    logger.info(text)
+    run.accelerator.log(values, step=state.step)
+
+
+def draw_validation_pictures(run: Run) -> None:
+    """Draw pictures from the live model, into `output_dir/validation`, the contact sheet and the trackers."""
+    args, accelerator, data, state = run.args, run.accelerator, run.data, run.state
+    prompts = [data.prompts[prompt] for prompt in args.validation_prompt]
+    embeds = [embed_prompt(accelerator, run.trained.text_encoder, prompt) for prompt in prompts]
+    transformer, vae = unwrap(run.trained.transformer), data.vae.to(accelerator.device)
+    numbers = own_share(accelerator, args.num_validation_images * len(embeds))
+    mine = sample_pictures(args, accelerator, transformer, vae, embeds, state.seed, numbers, "Validation")
+    pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
+    if data.dataset.cached is not None:  # the training does not need it in between
+        vae.to("cpu")
+    if accelerator.is_main_process:
+        folder = Path(args.output_dir) / "validation"
+        with warn_if_unwritable("The validation pictures"):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+            for number, picture in enumerate(pictures):
+                save_picture(picture, folder / f"step_{state.step:06d}_{number}.png")
+            save_picture(draw_contact_sheet(args, state.step), Path(args.output_dir) / SHEET_FILE)
+        log_pictures(accelerator, "validation", pictures, state.step)
+    accelerator.wait_for_everyone()
+
+
+def sample_pictures(
+    args: Namespace,
+    accelerator: Accelerator,
+    transformer: FluxTransformer2DModel,
+    vae: AutoencoderKL,
+    embeds: list[PromptEmbeds],
+    seed: int,
+    numbers: range,
+    desc: str,
+) -> dict[int, Image.Image]:
+    """Draw the pictures of these numbers, `--num_validation_images` of each prompt, from the same noise every time.
+
+    Numbers beyond the last are fillers, which only keep the processes of a sharded model in step.
+    """
+    images, count = args.num_validation_images, args.num_validation_images * len(embeds)
+    guidance, steps = args.validation_guidance_scale, args.validation_num_inference_steps
+    options = {"guidance_scale": guidance, "num_inference_steps": steps}
+    dtype, was_training = torch.float32 if transformer.training else transformer.dtype, transformer.training
+    sampler, pictures = make_sampler(args, transformer.eval()), {}
+    for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
+        prompt, noise = embeds[number % count // images], generator_for(seed, "validation", number % images)
+        size = (args.resolution, args.resolution)
+        [picture] = draw_pictures(sampler, vae, [prompt], size, dtype, [noise], **options)
+        if number < count:
+            pictures[number] = picture
+    transformer.train(was_training)
+    return pictures
+
+
+# ============================== You can stop reading here: what follows is the plumbing. ==============================
 
 
 class UsageError(ValueError):
@@ -162,32 +895,18 @@ class RunError(RuntimeError):
     """The run cannot go on; exit code 1. The message says why, what is kept, and the way out."""
 
 
-# ======================================================================================================================
-# 1. Arguments
-# ======================================================================================================================
+# ============================================= 8. Flags and their checks ==============================================
 
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something: not None, not False."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends with the message alone where a command is wrong: 90 lines of usage would hide it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\nAll flags: {self.prog} --help\n")
-
-
-class AddPrompt(argparse.Action):
-    """A flag that may be given several times: once is a text, more often a list of texts."""
-
-    def __call__(self, parser: Any, namespace: Namespace, value: Any, option_string: str | None = None) -> None:
-        given = getattr(namespace, self.dest)
-        earlier = given if isinstance(given, list) else [given] if given else []
-        setattr(namespace, self.dest, [*earlier, value] if earlier else value)
+INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+NO_BACKWARD = re.compile("sage|_flash_3$")  # attention back-ends that cannot train
+ATTENTION_BACKENDS = [kind.value for kind in AttentionBackendName if not NO_BACKWARD.search(kind.value)]
+SCHEDULES = [kind.value for kind in SchedulerType]
+WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
+BOUNDS = {  # of numbers, as flags name them
+    "ge": (operator.ge, "{} or more"), "gt": (operator.gt, "above {}"),
+    "le": (operator.le, "at most {}"), "lt": (operator.lt, "below {}"),
+    "multiple_of": (lambda value, other: value % other == 0, "a multiple of {}"),
+}  # fmt: skip
 
 
 def parse_flow_shift(text: str) -> float | str | None:
@@ -198,312 +917,337 @@ def parse_flow_shift(text: str) -> float | str | None:
     raise argparse.ArgumentTypeError(f"{text!r} is neither none nor dynamic nor a number above 0")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="FLUX.1 on the Hub, or a folder in diffusers' format")
-    add("--revision", help="branch, tag or commit of the checkpoint on the Hub")
-    add("--variant", help="variant of the weight files, for example fp16")
-    add("--cache_dir", help="where downloaded models and datasets are kept")
+@dataclass(frozen=True)
+class Flag:
+    """A flag and all that is known of it; checks, help and what a resumed run does follow from it."""
+
+    name: str
+    kind: Any = str  # of its value; bool for a switch, list for a text that may be given several times
+    default: Any = None
+    help: str = ""
+    choices: list[str] | None = None
+    required: bool = False
+    ge: float | None = None  # bounds of a number: at least, above, at most, below
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    multiple_of: int | None = None
+    needs: tuple[str, ...] = ()  # other flags, without which it has no effect
+    packages: tuple[tuple[str, str], ...] = ()  # of its values, or "" for any: the package that it needs
+    sharded: bool = True  # whether FSDP2 and DeepSpeed can do it
+    # What a run that goes on from a checkpoint does where it differs. "free": nothing. "result": nothing, but a
+    # finished run is finished no more. "pictures": the same, and validation pictures are moved aside. "warn": go on,
+    # and say so. "refuse": the weights or the optimizer's state would not fit.
+    resume: str = "warn"
+
+    @property
+    def dest(self) -> str:
+        return self.name[2:]
+
+    def add_to(self, parser: Any) -> None:
+        """Add it to a parser, or to a group of one."""
+        shown = "" if self.default in (None, False) else " (default: %(default)s)"
+        options: dict[str, Any] = {"help": self.help + shown, "default": self.default}
+        if self.kind is bool:
+            options |= {"action": "store_true", "default": False}
+        elif self.kind is list:
+            options |= {"action": "append"}
+        else:
+            options |= {"type": self.kind, "choices": self.choices, "required": self.required}
+        parser.add_argument(self.name, **options)
+
+    def is_on(self, args: Namespace) -> bool:
+        return getattr(args, self.dest, None) not in (None, False, 0, "", "none")
+
+    def problems(self, args: Namespace) -> Iterator[str]:
+        """What is wrong with its value."""
+        value = getattr(args, self.dest)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{self.name} is {value}; give a finite number"
+        bounds = {kind: getattr(self, kind) for kind in BOUNDS if getattr(self, kind) is not None}
+        if isinstance(value, int | float) and not all(BOUNDS[kind][0](value, bounds[kind]) for kind in bounds):
+            wanted = " and ".join(BOUNDS[kind][1].format(bound) for kind, bound in bounds.items())
+            yield f"{self.name} is {value}; give {wanted}"
+        if not self.is_on(args):
+            return
+        for other in self.needs:
+            if not getattr(args, other[2:]):
+                yield f"{self.name} needs {other}: give it too, or leave {self.name} out"
+        for needing, package in self.packages:
+            if needing in ("", value) and find_spec(package) is None:
+                given = f"{self.name}={needing}" if needing else self.name
+                yield f"{given} needs the package {package}: pip install {package}, or leave the flag out"
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("pictures and captions", "give --instance_data_dir or --dataset_name").add_argument
-    add("--instance_data_dir", help="folder with the pictures of the subject")
-    add("--dataset_name", help="dataset with the pictures: a Hub name or a local folder")
-    add("--dataset_config_name", help="configuration of the dataset, if it has several")
-    add("--image_column", default="image", help="column of the dataset with the pictures")
-    add("--caption_column", help="captions: column of the dataset, or of metadata.jsonl or .csv")
-    add("--caption_extension", help="captions: files beside the pictures, for example .txt")
-    add("--caption_dropout", type=float, default=0.0, help="share of prompts to leave empty")
-    add("--instance_prompt", help="prompt with a rare word for pictures without a caption")
-    add("--repeats", type=int, default=1, help="how often each picture is seen in an epoch")
-    add("--resolution", type=int, default=512, help="side of the square in pixels, a multiple of 16")
-    add("--aspect_ratio_buckets", help="crop to one of 'height,width;...', or auto")
-    add("--center_crop", action="store_true", help="crop the centre; else a new random crop each epoch")
-    add("--random_flip", action="store_true", help="mirror half of the pictures, drawn anew each epoch")
-    add("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="resize filter")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that load pictures; 0: none")
-    add("--cache_latents", action="store_true", help="encode each picture once, with one crop, and free the VAE")
-
-
-def add_prior_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(
-        "prior preservation", "train on the model's own pictures of the class as well"
-    ).add_argument
-    add("--with_prior_preservation", action="store_true", help="train on class pictures as well")
-    add("--class_data_dir", help="folder of class pictures; missing ones are generated")
-    add("--class_prompt", help="prompt of the class, for example 'a photo of a dog'")
-    add("--num_class_images", type=int, default=100, help="class pictures that there should be")
-    add("--prior_loss_weight", type=float, default=1.0, help="weight of the class pictures' loss")
-    add("--sample_batch_size", type=int, default=4, help="class pictures generated at a time")
-    add("--prior_generation_precision", choices=list(PRECISIONS), help="(default: bf16 on an accelerator, else fp32)")
-
-
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("training").add_argument
-    add("--train_text_encoder", action="store_true", help="train CLIP too (T5 always stays frozen)")
-    add("--train_batch_size", type=int, default=4, help="pictures per process and micro-batch")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
-    add("--num_train_epochs", type=int, default=1, help="passes over the pictures")
-    add("--max_train_steps", type=int, help="optimizer steps; wins over --num_train_epochs")
-    add("--seed", type=int, help="makes the run repeatable (default: drawn, logged and kept)")
-    add("--local_rank", type=int, default=-1, help="set by launchers; the environment's value wins")
-
-
-def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("memory and speed").add_argument
-    add("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)")
-    add("--allow_tf32", action="store_true", help="float32 products in TF32 on Ampere and newer")
-    add("--attention_backend", choices=ATTENTION_BACKENDS, help="by diffusers' names (default: native)")
-    add("--enable_npu_flash_attention", action="store_true", help="on an Ascend NPU (needs torch_npu)")
-    add("--full_bf16", action="store_true", help="weights in bf16 alone, updates rounded stochastically")
-    add(
-        "--fused_backward_pass",
-        action="store_true",
-        help="update each weight as soon as it has its gradient, and free that; clips each tensor by itself",
-    )
-
-
-def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("flow matching and prompts").add_argument
-    add("--guidance_scale", type=float, default=3.5, help="guidance input in training")
-    add("--weighting_scheme", default="none", choices=WEIGHTING_SCHEMES, help="how sigmas are drawn or losses weighted")
-    add("--flow_shift", type=parse_flow_shift, help="towards noise: a number above 1, or dynamic")
-    add("--logit_mean", type=float, default=0.0, help="mean for --weighting_scheme=logit_normal")
-    add("--logit_std", type=float, default=1.0, help="deviation for --weighting_scheme=logit_normal")
-    add("--mode_scale", type=float, default=1.29, help="scale for --weighting_scheme=mode")
-    add("--max_sequence_length", type=int, default=77, help="tokens of a prompt that T5 reads")
-
-
-def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("optimizer and schedule").add_argument
-    add("--optimizer", default="AdamW", help="AdamW, adafactor or prodigy")
-    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes)")
-    add("--learning_rate", type=float, default=1e-4, help="of the transformer; with prodigy use 1")
-    add("--text_encoder_lr", type=float, default=5e-6, help="of CLIP; prodigy takes --learning_rate")
-    add("--scale_lr", action="store_true", help="multiply by processes x accumulation x batch size")
-    add("--lr_scheduler", default="constant", choices=SCHEDULES, help="schedule of the learning rate")
-    add("--lr_warmup_steps", type=int, default=500, help="warm-up, where the schedule has one")
-    add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
-    add("--lr_power", type=float, default=1.0, help="power of polynomial")
-    add("--lr_step_rules", help="piecewise_constant's: '1:100,0.1:300,0.01', factor:until step,...,factor")
-    add("--adam_beta1", type=float, default=0.9, help="decay of the gradient's mean")
-    add("--adam_beta2", type=float, default=0.999, help="decay of the gradient's square")
-    add("--adam_weight_decay", type=float, default=1e-4, help="of the transformer")
-    add("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="of CLIP")
-    add("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
-    add("--max_grad_norm", type=float, default=1.0, help="clip gradients to it; 0: do not")
-    add("--prodigy_beta3", type=float, help="decay of the estimate (default: sqrt(beta2))")
-    add("--prodigy_decouple", type=string_to_bool, default=True, help="decoupled weight decay, as in AdamW")
-    add("--prodigy_use_bias_correction", type=string_to_bool, default=True, help="Adam's bias correction")
-    add("--prodigy_safeguard_warmup", type=string_to_bool, default=True, help="for a warm-up")
-    add("--use_ema", action="store_true", help="average the weights; validation and the result use it")
-    add("--ema_decay", type=float, default=0.99, help="about the last 1 / (1 - decay) steps count")
-
-
-def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompt", action=AddPrompt, help="of pictures drawn on the way; give it once or more")
-    add("--num_validation_images", type=int, default=4, help="pictures of each prompt each time")
-    add("--validation_epochs", type=int, default=50, help="after the first epoch, then every so many")
-    add("--validation_steps", type=int, help="also before the first step, then every so many steps")
-    add("--validation_guidance_scale", type=float, default=3.5, help="guidance of the pictures")
-    add("--validation_num_inference_steps", type=int, default=28, help="sampling steps of the pictures")
-    add("--skip_final_inference", action="store_true", help="draw no pictures from the saved result")
-    add("--validation_loss", action="store_true", help="log the loss at fixed noise and sigmas as well")
-    add("--validation_data_dir", help="held-out pictures for it (default: those of the training)")
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("output, checkpoints and the Hub").add_argument
-    add("--output_dir", default="flux-dreambooth", help="where everything is written")
-    add("--logging_dir", default="logs", help="of the trackers, inside --output_dir")
-    add("--report_to", default="tensorboard", help="tensorboard, wandb, all, none, ...")
-    add("--checkpointing_steps", type=int, default=500, help="steps between two checkpoints")
-    add("--checkpoints_total_limit", type=int, help="how many checkpoints to keep (default: all)")
-    add("--resume_from_checkpoint", help="latest, or a checkpoint's name or path")
-    add("--upcast_before_saving", action="store_true", help="save the result in float32")
-    add("--save_single_file", action="store_true", help="write the transformer into one file as well, in bf16")
-    add("--push_to_hub", action="store_true", help="upload the result to the Hub")
-    add("--hub_model_id", help="repository (default: the name of --output_dir)")
-    add("--hub_token", help="token for the Hub (default: that of `hf auth login`)")
+# The flags that both scripts have, by the groups of --help. One that is added has a line here, and nothing else.
+FLAGS = {
+    "model": [
+        Flag("--pretrained_model_name_or_path", required=True, help="FLUX.1 on the Hub, or a folder of diffusers"),
+        Flag("--revision", help="branch, tag or commit of the checkpoint on the Hub"),
+        Flag("--variant", help="variant of the weight files, for example fp16"),
+        Flag("--cache_dir", help="where downloaded models and datasets are kept", resume="free"),
+    ],
+    "pictures and captions": [
+        Flag("--instance_data_dir", help="folder with the pictures of the subject", resume="result"),
+        Flag("--dataset_name", help="dataset instead: a Hub name or a local folder", packages=(("", "datasets"),)),
+        Flag("--dataset_config_name", help="configuration of the dataset, if it has several"),
+        Flag("--image_column", default="image", help="column of the dataset with the pictures"),
+        Flag("--caption_column", help="column of the dataset with the captions"),
+        Flag("--caption_extension", help="caption files beside the pictures of the folder, for example .txt"),
+        Flag("--caption_dropout", float, 0.0, "share of prompts to leave empty", ge=0, lt=1),
+        Flag("--instance_prompt", help="prompt with a rare word for pictures without a caption"),
+        Flag("--repeats", int, 1, "how often each picture is seen in an epoch", ge=1),
+        Flag("--resolution", int, 512, "side of the square in pixels", ge=16, multiple_of=PIXELS_PER_TOKEN),
+        Flag("--aspect_ratio_buckets", help="crop to one of 'height,width;...', or auto"),
+        Flag("--center_crop", bool, help="crop the centre; else a new random crop each epoch"),
+        Flag("--random_flip", bool, help="mirror half of the pictures, drawn anew each epoch"),
+        Flag("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="resize filter"),
+        Flag("--dataloader_num_workers", int, 0, "processes that load pictures; 0: none", ge=0, resume="free"),
+        Flag("--cache_latents", bool, help="encode each picture once, with one crop, and free the VAE"),
+    ],
+    "prior preservation": [
+        Flag(
+            "--with_prior_preservation", bool, help="train on pictures of the class as well",
+            needs=("--class_data_dir", "--class_prompt"),
+        ),
+        Flag("--class_data_dir", help="folder of class pictures; missing ones are generated", resume="result"),
+        Flag("--class_prompt", help="prompt of the class, for example 'a photo of a dog'"),
+        Flag("--num_class_images", int, 100, "class pictures that there should be", ge=1),
+        Flag("--prior_loss_weight", float, 1.0, "weight of the class pictures' loss", ge=0),
+        Flag("--sample_batch_size", int, 4, "class pictures generated at a time", ge=1, resume="free"),
+        Flag("--prior_generation_precision", choices=list(PRECISIONS), help="(default: bf16 on a GPU, else fp32)"),
+    ],
+    "training": [
+        Flag(
+            "--train_text_encoder", bool, help="train CLIP too (T5 always stays frozen)", sharded=False, resume="refuse"
+        ),
+        Flag("--train_batch_size", int, 4, "pictures per process and micro-batch", ge=1),
+        Flag("--gradient_accumulation_steps", int, 1, "micro-batches per optimizer step", ge=1),
+        Flag("--num_train_epochs", int, 1, "passes over the pictures", ge=1, resume="free"),
+        Flag("--max_train_steps", int, help="optimizer steps; wins over --num_train_epochs", ge=1, resume="result"),
+        Flag("--seed", int, help="makes the run repeatable (default: drawn, logged and kept)", resume="free"),
+        Flag("--local_rank", int, -1, "set by launchers; the environment's value wins", resume="free"),
+    ],
+    "memory and speed": [
+        Flag("--gradient_checkpointing", bool, help="recompute activations to save memory"),
+        Flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"),
+        Flag("--allow_tf32", bool, help="float32 products in TF32 on Ampere and newer"),
+        Flag("--attention_backend", choices=ATTENTION_BACKENDS, help="as diffusers names it (default: native)"),
+        Flag(
+            "--enable_npu_flash_attention", bool, help="attention of an Ascend NPU", packages=(("", "torch_npu"),)
+        ),
+    ],
+    "flow matching and prompts": [
+        Flag("--guidance_scale", float, 3.5, "guidance input of the model in training"),
+        Flag("--weighting_scheme", default="none", choices=WEIGHTING_SCHEMES, help="how sigmas are drawn or weighted"),
+        Flag("--flow_shift", parse_flow_shift, help="shift of sigmas to noise: a number above 1, or dynamic"),
+        Flag("--logit_mean", float, 0.0, "mean for --weighting_scheme=logit_normal"),
+        Flag("--logit_std", float, 1.0, "deviation for --weighting_scheme=logit_normal", gt=0),
+        Flag("--mode_scale", float, 1.29, "scale for --weighting_scheme=mode"),
+        Flag("--max_sequence_length", int, TEXT_LENGTH, "tokens of a prompt that T5 reads", ge=1, le=512),
+    ],
+    "optimizer and schedule": [
+        Flag("--optimizer", default="AdamW", help=", ".join(OPTIMIZERS), resume="refuse"),
+        Flag(
+            "--use_8bit_adam", bool, help="AdamW with 8-bit state", packages=(("", "bitsandbytes"),), resume="refuse"
+        ),
+        Flag("--learning_rate", float, 1e-4, "learning rate of the transformer; 1 for prodigy", ge=0),
+        Flag("--text_encoder_lr", float, 5e-6, "learning rate of CLIP; prodigy takes --learning_rate", ge=0),
+        Flag("--scale_lr", bool, help="multiply the learning rate by processes x accumulation x batch size"),
+        Flag("--lr_scheduler", default="constant", choices=SCHEDULES, help="schedule of the learning rate"),
+        Flag("--lr_warmup_steps", int, 500, "warm-up, where the schedule has one", ge=0),
+        Flag("--lr_num_cycles", int, 1, "restarts of cosine_with_restarts", ge=1),
+        Flag("--lr_power", float, 1.0, "power of the polynomial schedule"),
+        Flag("--lr_step_rules", help="steps of piecewise_constant: '1:100,0.1:300,0.01', factor:until step,...,factor"),
+        Flag("--adam_beta1", float, 0.9, "decay of the gradient's mean", ge=0, lt=1),
+        Flag("--adam_beta2", float, 0.999, "decay of the gradient's square", ge=0, lt=1),
+        Flag("--adam_weight_decay", float, 1e-4, "weight decay of the transformer", ge=0),
+        Flag("--adam_weight_decay_text_encoder", float, 1e-3, "weight decay of CLIP", ge=0),
+        Flag("--adam_epsilon", float, 1e-8, "added to the denominator of Adam's step", ge=0),
+        Flag("--max_grad_norm", float, 1.0, "norm that gradients are clipped to; 0: not clipped", ge=0),
+        Flag("--prodigy_beta3", float, help="decay of Prodigy's estimate (default: sqrt(beta2))", ge=0, lt=1),
+        Flag("--prodigy_decouple", string_to_bool, True, "decoupled weight decay, as in AdamW"),
+        Flag("--prodigy_use_bias_correction", string_to_bool, True, "Adam's bias correction"),
+        Flag("--prodigy_safeguard_warmup", string_to_bool, True, "use with a learning-rate warm-up"),
+        Flag(
+            "--use_ema", bool, help="average the weights; validation and the result use it", sharded=False,
+            resume="refuse",
+        ),
+        Flag("--ema_decay", float, 0.99, "about the last 1 / (1 - decay) steps count", ge=0, lt=1),
+    ],
+    "validation": [
+        Flag("--validation_prompt", list, help="prompt of pictures; may be given several times", resume="pictures"),
+        Flag("--num_validation_images", int, 4, "pictures of each prompt each time", ge=1, resume="pictures"),
+        Flag("--validation_epochs", int, 50, "after the first epoch, then every so many", ge=1, resume="free"),
+        Flag("--validation_steps", int, help="also at the start, then every so many steps", ge=1, resume="free"),
+        Flag("--validation_guidance_scale", float, 3.5, "guidance of validation pictures", ge=0, resume="result"),
+        Flag("--validation_num_inference_steps", int, 28, "sampling steps of the pictures", ge=1, resume="result"),
+        Flag("--skip_final_inference", bool, help="draw no pictures from the saved result", resume="result"),
+        Flag("--validation_loss", bool, help="log the loss at fixed noise and sigmas as well", resume="result"),
+        Flag(
+            "--validation_data_dir", help="held-out pictures for it (default: those of the training)",
+            needs=("--validation_loss",), resume="result",
+        ),
+    ],
+    "output, checkpoints and the Hub": [
+        Flag("--output_dir", default=OUTPUT_DIR, help="where everything is written", resume="free"),
+        Flag("--logging_dir", default="logs", help="folder of the trackers, inside --output_dir", resume="free"),
+        Flag(
+            "--report_to", default="tensorboard", help="tensorboard, wandb, all, none, ...", resume="free",
+            packages=(("tensorboard", "tensorboard"), ("wandb", "wandb"),),
+        ),
+        Flag("--checkpointing_steps", int, 500, "steps between two checkpoints", ge=1, resume="free"),
+        Flag("--checkpoints_total_limit", int, help="how many to keep (default: all)", ge=1, resume="free"),
+        Flag("--resume_from_checkpoint", help="latest, or a checkpoint's name or path", resume="free"),
+        Flag("--upcast_before_saving", bool, help="save the result in float32", resume="result"),
+        Flag("--push_to_hub", bool, help="upload the result to the Hub", resume="free"),
+        Flag("--hub_model_id", help="repository (default: the name of --output_dir)", resume="free"),
+        Flag("--hub_token", help="token for the Hub (default: that of `hf auth login`)", resume="free"),
+    ],
+}  # fmt: skip
+OWN_FLAGS = {  # of this script
+    "memory and speed": [
+        Flag(
+            "--full_bf16", bool, help="weights in bf16 alone, updates rounded stochastically", sharded=False,
+            resume="refuse",
+        ),
+        Flag(
+            "--fused_backward_pass", bool, help="update each weight as soon as it has its gradient, and free that; "
+            "clips each tensor by itself", sharded=False, resume="refuse",
+        ),
+    ],
+    "output, checkpoints and the Hub": [
+        Flag("--save_single_file", bool, help="write the transformer into one file as well, in bf16", resume="result"),
+    ],
+}  # fmt: skip
+LESS_MEMORY = "--use_8bit_adam, --full_bf16, --fused_backward_pass, --optimizer=adafactor"
+FLAG_GROUPS = {title: [*FLAGS.get(title, []), *OWN_FLAGS.get(title, [])] for title in FLAGS | OWN_FLAGS}
+FLAG_OF = {flag.dest: flag for group in FLAG_GROUPS.values() for flag in group}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    description = "\n".join((__doc__ or "").splitlines()[:1])
-    parser = Parser(description=description, formatter_class=HelpFormatter)
-    add_model_arguments(parser)
-    add_data_arguments(parser)
-    add_prior_arguments(parser)
-    add_training_arguments(parser)
-    add_memory_arguments(parser)
-    add_flow_arguments(parser)
-    add_optimizer_arguments(parser)
-    add_validation_arguments(parser)
-    add_output_arguments(parser)
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]; all of them: --help", description=description)
+    for title, flags in FLAG_GROUPS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            flag.add_to(group)
     return parser
 
 
-def whole_tokens(pixels: float) -> int:
-    """The nearest side that the transformer can take."""
-    return max(1, round(pixels / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
-
-
-def range_problems(args: Namespace) -> Iterator[str]:
-    """Numbers out of their range."""
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"--{name} is {value}; give a finite number"
-    at_least = {
-        "repeats": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
-        "max_train_steps": 1, "num_class_images": 1, "sample_batch_size": 1, "validation_epochs": 1,
-        "num_validation_images": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1, "max_sequence_length": 1,
-        "validation_steps": 1, "validation_guidance_scale": 0, "validation_num_inference_steps": 1,
-        "dataloader_num_workers": 0, "lr_warmup_steps": 0, "lr_num_cycles": 1, "prior_loss_weight": 0,
-        "learning_rate": 0, "text_encoder_lr": 0, "adam_weight_decay": 0, "adam_weight_decay_text_encoder": 0,
-        "max_grad_norm": 0, "adam_epsilon": 0,
-    }  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            yield f"--{name} is {value}; give {least} or more"
-    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "ema_decay", "caption_dropout", "lora_dropout"):
-        value = getattr(args, name, None)
-        if value is not None and (value < 0 or value >= 1):
-            yield f"--{name} is {value}; give a number from 0 to below 1"
-    if args.max_sequence_length > 512:
-        yield f"--max_sequence_length is {args.max_sequence_length}; FLUX.1 reads at most 512 tokens"
-    if args.logit_std <= 0:
-        yield f"--logit_std is {args.logit_std}; give a number above 0"
-    if args.resolution < PIXELS_PER_TOKEN or args.resolution % PIXELS_PER_TOKEN:
-        near = whole_tokens(args.resolution)
-        yield f"--resolution is {args.resolution}; it must be a multiple of {PIXELS_PER_TOKEN}, {near} for example"
-
-
-def data_contradictions(args: Namespace) -> Iterator[str]:
-    """Flags on pictures and captions that do not go together, and flags that miss another."""
-    if not args.instance_data_dir and not args.dataset_name:
-        yield "no pictures: give --instance_data_dir FOLDER or --dataset_name NAME"
-    if args.instance_data_dir and args.dataset_name:
-        yield "--instance_data_dir and --dataset_name are both given; give one of them"
-    if not (args.instance_prompt or args.caption_column or args.caption_extension):
-        yield "no prompts: give --instance_prompt, or --caption_column or --caption_extension for captions"
-    if args.caption_extension and (args.caption_column or args.dataset_name):
-        yield "--caption_extension is for --instance_data_dir, without --caption_column; give one source of captions"
-    if args.caption_extension and not re.fullmatch(r"\.\w+", args.caption_extension):
-        yield f"--caption_extension is {args.caption_extension!r}; give the end of the files' names, such as .txt"
-    needs = [
-        ("validation_data_dir", "validation_loss"),
-        ("with_prior_preservation", "class_data_dir"), ("with_prior_preservation", "class_prompt"),
-    ]  # fmt: skip
-    for name, other in needs:
-        if getattr(args, name) and not getattr(args, other):
-            yield f"--{name} needs --{other}: give it too, or leave --{name} out"
-    buckets = args.aspect_ratio_buckets or "auto"
+def problems(args: Namespace) -> Iterator[str]:
+    """What is wrong with the flags: each alone, with its companions, and with others."""
+    for flag in FLAG_OF.values():
+        yield from flag.problems(args)
+    captions = args.caption_column or args.caption_extension
+    buckets, rules = args.aspect_ratio_buckets or "auto", args.lr_step_rules or "1"
     whole = all(whole_tokens(int(side)) == int(side) for side in re.findall(r"\d+", buckets))
-    if not whole or not re.fullmatch(r"auto|\d+,\d+(;\d+,\d+)*", buckets):
-        wanted = f"auto, or height,width;height,width in multiples of {PIXELS_PER_TOKEN}"
-        yield f"--aspect_ratio_buckets is {buckets!r}; give {wanted}"
+    known = args.optimizer.lower() in map(str.lower, OPTIMIZERS)
+    package = chosen_optimizer(args).module.split(".")[0] if known else "torch"
+    wrong = {
+        "no pictures: give --instance_data_dir FOLDER or --dataset_name NAME":
+            not args.instance_data_dir and not args.dataset_name,
+        "--instance_data_dir and --dataset_name are both given; give one of them":
+            args.instance_data_dir and args.dataset_name,
+        "no prompts: give --instance_prompt, or --caption_column or --caption_extension for captions":
+            not args.instance_prompt and not captions,
+        "--caption_column is for --dataset_name, which may be a folder with metadata.jsonl or metadata.csv; "
+        "beside --instance_data_dir captions are files: give --caption_extension":
+            args.caption_column and args.instance_data_dir and not args.dataset_name,
+        "--caption_extension is for --instance_data_dir; for a dataset give --caption_column":
+            args.caption_extension and args.dataset_name,
+        f"--caption_extension is {args.caption_extension!r}; give the end of the files' names, such as .txt":
+            not re.fullmatch(r"\.\w+", args.caption_extension or ".txt"),
+        f"--aspect_ratio_buckets is {buckets!r}; give auto, or height,width;height,width in multiples of "
+        f"{PIXELS_PER_TOKEN}":
+            not whole or not re.fullmatch(r"auto|\d+,\d+(;\d+,\d+)*", buckets),
+        "--validation_steps needs --validation_prompt or --validation_loss":
+            args.validation_steps and not (args.validation_prompt or args.validation_loss),
+        f"--optimizer is {args.optimizer!r}; give {', '.join(OPTIMIZERS)}":
+            not known,
+        f"--optimizer={args.optimizer} needs the package {package}: pip install {package}":
+            package not in ("torch", "transformers") and not args.use_8bit_adam and find_spec(package) is None,
+        "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'":
+            args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules,
+        f"--lr_step_rules is {rules!r}; give factor:step,...,factor, such as '1:100,0.1:300,0.01'":
+            not re.fullmatch(r"([\d.e-]+:\d+,)*[\d.e-]+", rules),
+        f"--hub_model_id is {args.hub_model_id!r}; give NAME or OWNER/NAME":
+            (args.hub_model_id or "").count("/") > 1,
+        "--enable_npu_flash_attention is --attention_backend=_native_npu; give one of them":
+            args.attention_backend and args.enable_npu_flash_attention,
+        "accelerate's configuration needs the package deepspeed: pip install deepspeed":
+            os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and find_spec("deepspeed") is None,
+    } | own_contradictions(args)  # fmt: skip
+    yield from (message for message, is_so in wrong.items() if is_so)
+    yield from name_problems(args)
 
 
 def name_problems(args: Namespace) -> Iterator[str]:
-    """Folders and prompts that cannot be what was meant."""
+    """Paths and prompts that are almost certainly mistakes."""
     if not args.output_dir.strip():
         yield "--output_dir is empty; give a folder"
     read = ("instance_data_dir", "validation_data_dir", "pretrained_model_name_or_path")
     written = ("output_dir", "class_data_dir")
     for name, other in [*itertools.product(written, read), written]:
-        both = [os.path.realpath(getattr(args, at)) for at in (name, other) if getattr(args, at)]
+        both = [os.path.realpath(getattr(args, flag)) for flag in (name, other) if getattr(args, flag)]
         if len(both) == 2 and both[0] == both[1]:
             yield f"--{name} and --{other} are the same folder, {getattr(args, name)!r}; give each one of its own"
-    for prompt in filter(None, (args.instance_prompt, args.class_prompt, *validation_prompts(args))):
+    for prompt in filter(None, (args.instance_prompt, args.class_prompt, *(args.validation_prompt or []))):
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds what it could not decode
             yield f"the prompt {prompt!r} is not in UTF-8; write it in that"
 
 
-def contradictions(args: Namespace) -> Iterator[str]:
-    """Flags that do not go together, and flags that miss another."""
-    if args.validation_steps and not (validation_prompts(args) or args.validation_loss):
-        yield "--validation_steps needs --validation_prompt or --validation_loss"
-    if args.optimizer.lower() not in ("adamw", "adafactor", "prodigy"):
-        yield f"--optimizer is {args.optimizer!r}; give AdamW, adafactor or prodigy"
-    if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
-        yield "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'"
-    if args.lr_step_rules and not re.fullmatch(r"([\d.e-]+:\d+,)*[\d.e-]+", args.lr_step_rules):
-        yield f"--lr_step_rules is {args.lr_step_rules!r}; give factor:step,...,factor, such as '1:100,0.1:300,0.01'"
-    if args.hub_model_id and args.hub_model_id.count("/") > 1:
-        yield f"--hub_model_id is {args.hub_model_id!r}; give NAME or OWNER/NAME"
-
-
-def method_problems(args: Namespace) -> Iterator[str]:
-    """Ways to train and to save memory that cannot work, or not together."""
-    if args.full_bf16 and args.mixed_precision not in (None, "bf16"):
-        yield f"--full_bf16 needs --mixed_precision=bf16, not {args.mixed_precision}"
-    if args.fused_backward_pass and args.mixed_precision == "fp16":
-        yield "--fused_backward_pass cannot scale losses as --mixed_precision=fp16 does; give bf16"
-    if args.fused_backward_pass and args.gradient_accumulation_steps > 1:
-        yield "--fused_backward_pass keeps no gradients to accumulate; give --gradient_accumulation_steps=1"
-    if (args.full_bf16 or args.fused_backward_pass) and args.optimizer.lower() == "prodigy":
-        yield "prodigy needs all gradients at once; with --full_bf16 and --fused_backward_pass give AdamW or adafactor"
-    if args.attention_backend and args.enable_npu_flash_attention:
-        yield "--enable_npu_flash_attention is --attention_backend=_native_npu; give one of them"
-
-
-def missing_packages(args: Namespace) -> Iterator[str]:
-    """Optional packages that a flag needs and that are not installed."""
-    packages = {
-        "bitsandbytes": args.use_8bit_adam and "--use_8bit_adam",
-        "prodigyopt": args.optimizer.lower() == "prodigy" and "--optimizer=prodigy",
-        "datasets": args.dataset_name and "--dataset_name",
-        "torch_npu": args.enable_npu_flash_attention and "--enable_npu_flash_attention",
-        "tensorboard": args.report_to == "tensorboard" and "--report_to=tensorboard",
-        "wandb": args.report_to == "wandb" and "--report_to=wandb",
-        "deepspeed": os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and "accelerate's configuration",
-    }
-    for package, flag in packages.items():
-        if flag and find_spec(package) is None:
-            yield f"{flag} needs the package {package}: pip install {package}, or leave the flag out"
+def own_contradictions(args: Namespace) -> dict[str, Any]:
+    """What cannot work together of this script's flags: a message, and whether it is so."""
+    alone = args.full_bf16 or args.fused_backward_pass
+    return {
+        f"--full_bf16 needs --mixed_precision=bf16, not {args.mixed_precision}":
+            args.full_bf16 and args.mixed_precision not in (None, "bf16"),
+        "--fused_backward_pass cannot scale losses as --mixed_precision=fp16 does; give bf16":
+            args.fused_backward_pass and args.mixed_precision == "fp16",
+        "--fused_backward_pass keeps no gradients to accumulate; give --gradient_accumulation_steps=1":
+            args.fused_backward_pass and args.gradient_accumulation_steps > 1,
+        f"{args.optimizer} needs all gradients at once; with --full_bf16 and --fused_backward_pass give AdamW or "
+        "adafactor":
+            alone and args.optimizer.lower() in map(str.lower, OPTIMIZERS) and chosen_optimizer(args).whole,
+    }  # fmt: skip
 
 
 def validate_args(args: Namespace) -> None:
-    """Check what can be checked from the flags alone.
-
-    Raises:
-        UsageError: with every problem found, a line each.
-    """
-    problems = [*range_problems(args), *name_problems(args), *data_contradictions(args), *contradictions(args)]
-    problems += [*method_problems(args), *missing_packages(args)]
-    if problems:
-        raise UsageError("\n  ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+    """Check what can be checked from the flags alone; a UsageError has every problem found, a line each."""
+    if found := list(problems(args)):
+        raise UsageError("\n  ".join(found) if len(found) == 1 else "\n  " + "\n  ".join(found))
 
 
-def notes_on_args(args: Namespace) -> Iterator[str]:
+def notes_on_args(args: Namespace) -> list[str]:
     """What works, but perhaps not as the user thinks."""
-    prodigy = args.optimizer.lower() == "prodigy"
-    if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
-        yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
-    if args.use_8bit_adam and args.optimizer.lower() != "adamw":
-        yield f"--use_8bit_adam has no effect with --optimizer={args.optimizer}"
-    if prodigy and args.learning_rate <= 0.1:
-        yield f"--learning_rate={args.learning_rate} is low for prodigy, which finds the step size itself: use 1"
-    if prodigy and args.train_text_encoder:
-        yield f"prodigy has one learning rate: CLIP is trained with --learning_rate={args.learning_rate} too"
-    if args.cache_latents and (args.random_flip or not args.center_crop):
-        yield "--cache_latents: each picture's crop and flip are drawn once, not anew each epoch"
-    if args.dataset_name and not args.caption_column:
-        yield "no --caption_column: every picture is trained with --instance_prompt"
-    if args.aspect_ratio_buckets and args.with_prior_preservation:
-        yield "--aspect_ratio_buckets: class pictures, drawn square, are cropped to their instance picture's bucket"
-    unused = unused_captions(args)
-    if unused:
-        yield f"not used, for want of --caption_extension or --caption_column: {shorten(unused)}"
+    prodigy, unused = args.optimizer.lower() == "prodigy", unused_captions(args)
+    notes = {
+        "--class_data_dir and --class_prompt have no effect without --with_prior_preservation":
+            not args.with_prior_preservation and (args.class_data_dir or args.class_prompt),
+        f"--use_8bit_adam has no effect with --optimizer={args.optimizer}":
+            args.use_8bit_adam and not args.optimizer.lower().startswith("adamw"),
+        f"--learning_rate={args.learning_rate} is low for prodigy, which finds the step size itself: use 1":
+            prodigy and args.learning_rate <= 0.1,
+        f"prodigy has one learning rate: CLIP is trained with --learning_rate={args.learning_rate} too":
+            prodigy and args.train_text_encoder,
+        "--cache_latents: each picture's crop and flip are drawn once, not anew each epoch":
+            args.cache_latents and (args.random_flip or not args.center_crop),
+        "no --caption_column: every picture is trained with --instance_prompt":
+            args.dataset_name and not args.caption_column,
+        "--aspect_ratio_buckets: class pictures, drawn square, are cropped to their instance picture's bucket":
+            args.aspect_ratio_buckets and args.with_prior_preservation,
+        f"captions found but ignored; give --caption_extension, or the folder as --dataset_name: {shorten(unused)}":
+            unused,
+    }  # fmt: skip
+    return [message for message, is_so in notes.items() if is_so]
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line as a namespace; exits with code 2 and one message if it cannot work."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    args.validation_prompt = [prompt for prompt in args.validation_prompt or [] if prompt] or None
     try:
         validate_args(args)
     except UsageError as error:
@@ -511,65 +1255,33 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def validation_prompts(args: Namespace) -> list[str]:
-    """The prompts of the validation pictures, however many there are."""
-    given = args.validation_prompt
-    return [prompt for prompt in (given if isinstance(given, list) else [given]) if prompt]
+def settings(args: Namespace) -> dict[str, Any]:
+    """The flags as plain values, without the token: for trackers, checkpoints and the model card."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}
 
 
-def hub_options(args: Namespace, **extra: Any) -> dict[str, Any]:
-    """The keyword arguments of everything that is loaded of the base model."""
-    options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "token": args.hub_token}
-    return {name: value for name, value in options.items() if value is not None} | extra
+def changed_flags(before: dict[str, Any], args: Namespace, *kinds: str) -> list[str]:
+    """The flags of these kinds of `resume` that differ from `before`; one that was not there yet had its default."""
+    changed = []
+    for name, flag in FLAG_OF.items():
+        old, new = before.get(name, flag.default), getattr(args, name)
+        old = [old] if flag.kind is list and isinstance(old, str) else old  # as checkpoints of earlier versions have it
+        same = str(old).lower() == str(new).lower() if flag.resume == "refuse" else old == new
+        if flag.resume in kinds and not same and (old or new):
+            changed.append(f"--{name} was {old!r} and is {new!r}")
+    return changed
 
 
-def from_base(kind: Any, args: Namespace, **options: Any) -> Any:
-    """`kind.from_pretrained` of the base model, with `options` beside the Hub's; a UsageError if it does not load."""
-    name = args.pretrained_model_name_or_path
-    try:
-        return kind.from_pretrained(name, **hub_options(args, **options))
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # each loader has its own kinds
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UsageError(
-            f"{options.get('subfolder', 'the pipeline')} of --pretrained_model_name_or_path={name} does not load: "
-            f"{reason}. Check that the checkpoint is whole, --revision and --variant, and that what "
-            "requirements_flux.txt names is installed"
-        ) from error
+# ================================= 9. Pictures: finding, checking and reporting them ==================================
 
-
-# ======================================================================================================================
-# 2. Images and captions (edit freely)
-# ======================================================================================================================
-
-
-def generator_for(*key: str | int) -> torch.Generator:
-    """A CPU generator of its own for `key`, which names what is drawn: (seed, purpose, epoch or step, place).
-
-    Everything random comes from here, so that no draw depends on another one, on the number of processes or on
-    where a run was stopped.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-Size = tuple[int, int]  # width and height in pixels
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture and its prompt, which no shuffle can part. `open` returns it as it is stored."""
-
-    name: str
-    open: Callable[[], Image.Image]
-    prompt: str
-    size: Size = (1, 1)  # upright; this and `look`, a difference hash, are found by `check_pictures`
-    look: int = 0
+PICTURE_SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".tga",
+}  # fmt: skip
+TEXT_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".csv", ".md"}  # nobody misses them among the pictures
 
 
 def list_picture_files(folder: Path) -> list[Path]:
-    """The picture files in `folder` by name; hidden files, folders and other files are passed over."""
+    """The picture files in `folder` by name, without hidden ones."""
     files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     return sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
 
@@ -580,19 +1292,15 @@ def shorten(names: list[str], most: int = 20) -> str:
 
 
 def open_folder(flag: str, folder: str) -> list[Path]:
-    """The picture files in `folder`.
-
-    Raises:
-        UsageError: if `folder`, the value of `flag`, cannot be read.
-    """
+    """The picture files in `folder`, the value of `flag`; a UsageError if it cannot be read."""
     try:
         return list_picture_files(Path(folder))
     except OSError as error:
-        told = f"{flag} is {folder!r}, which is not a folder that can be read ({error.strerror})"
-        raise UsageError(f"{told}; give the folder with the pictures") from error
+        message = f"{flag} is {folder!r}, which is not a folder that can be read ({error.strerror})"
+        raise UsageError(f"{message}; give the folder with the pictures") from error
 
 
-def passed_over(folder: Path, extension: str | None) -> list[str]:
+def ignored_files(folder: Path, extension: str | None) -> list[str]:
     """What somebody may miss in a folder of pictures and captions: other files, folders, links to nothing."""
     used, texts = set(list_picture_files(folder)), {*TEXT_SUFFIXES, extension}
     others = (path for path in folder.iterdir() if path not in used and path.suffix.lower() not in texts)
@@ -602,78 +1310,37 @@ def passed_over(folder: Path, extension: str | None) -> list[str]:
 def unused_captions(args: Namespace) -> list[str]:
     """Files in `--instance_data_dir` that look like captions of its pictures, when no flag asks for captions."""
     folder = Path(args.instance_data_dir or "")
-    if args.caption_column or args.caption_extension or not args.instance_data_dir:
-        return []
-    with contextlib.suppress(OSError):  # `list_pictures` will tell
-        names = [*METADATA_FILES, *(path.with_suffix(".txt").name for path in list_picture_files(folder))]
-        return [name for name in names if (folder / name).is_file()]
+    if args.instance_data_dir and not args.caption_extension:
+        with contextlib.suppress(OSError):  # `list_pictures` will tell
+            names = [path.with_suffix(".txt").name for path in list_picture_files(folder)]
+            return [name for name in ("metadata.jsonl", "metadata.csv", *names) if (folder / name).is_file()]
     return []
 
 
-def same_name(name: str) -> str:
-    """A file's name as metadata is compared with it: `./a.png` is `a.png`, and macOS writes accents apart."""
-    return unicodedata.normalize("NFC", os.path.normpath(name))
-
-
-def read_captions(files: list[Path], extension: str | None, column: str | None) -> dict[str, str]:
-    """The captions of picture files of a folder, by `same_name` of the file: see `pictures_in_folder`.
-
-    Raises:
-        UsageError: naming the file that is not there or cannot be read.
-    """
-    captions: dict[str, Any] = {}
-    source = files[0].parent
-    try:
-        if extension:
-            for file in files:
-                source = file.with_suffix(extension)
-                text = source.read_text(encoding="utf-8-sig") if source.is_file() else None
-                captions[same_name(file.name)] = text
-        if column and any((source / name).is_file() for name in METADATA_FILES):
-            jsonl = (source / METADATA_FILES[0]).is_file()
-            source /= METADATA_FILES[not jsonl]
-            with source.open(encoding="utf-8-sig", newline="") as table:
-                rows = [json.loads(line) for line in table if line.strip()] if jsonl else list(csv.DictReader(table))
-            captions = {same_name(row["file_name"]): row.get(column) for row in rows}
-            if not any(column in row for row in rows):
-                raise KeyError(column)
-            if cut := [str(row["file_name"]) for row in rows if None in row]:
-                raise ValueError(f"more cells than columns, so quote captions with commas, at {shorten(cut)}")
-            if lost := sorted(captions.keys() - {same_name(file.name) for file in files}):
-                logger.warning(f"{source} has captions of what is no picture in its folder: {shorten(lost)}")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        wanted = f"--caption_column={column} needs metadata.jsonl or metadata.csv with file_name and {column}"
-        wanted = wanted if column else f"--caption_extension={extension} needs text"
-        raise UsageError(f"{wanted}, in UTF-8; {source}: {type(error).__name__}: {error}") from error
-    return {name: caption.strip() for name, caption in captions.items() if isinstance(caption, str)}
-
-
-def pictures_in_folder(
-    flag: str, folder: str, prompt: str, extension: str | None = None, column: str | None = None
-) -> list[Picture]:
+def pictures_in_folder(flag: str, folder: str, prompt: str, extension: str | None = None) -> list[Picture]:
     """The pictures of a folder, each with its caption, or with `prompt` if it has none.
 
-    Captions stand in a file of their own, named like the picture but for its `extension`, or in a `column` of the
-    folder's metadata.jsonl or metadata.csv.
-
-    Raises:
-        UsageError: if `folder`, the value of `flag`, is missing or has no pictures, or some have no prompt at all.
+    The caption of a picture is a file of its own, named like the picture but for its `extension`. A UsageError if
+    `folder`, the value of `flag`, has no pictures, or some have no prompt at all.
     """
-    files = open_folder(flag, folder)
+    files, captions = open_folder(flag, folder), dict[Path, str]()
     if not files:
         raise UsageError(f"{flag} is {folder!r}, which has no picture files ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    captions = read_captions(files, extension, column)
-    missing = [path.name for path in files if not captions.get(same_name(path.name))]
+    for path in files if extension else []:
+        file = path.with_suffix(str(extension))
+        try:
+            captions[path] = file.read_text(encoding="utf-8-sig").strip() if file.is_file() else ""
+        except (OSError, ValueError) as error:
+            message = f"--caption_extension={extension} needs text, in UTF-8; {file}: {type(error).__name__}: {error}"
+            raise UsageError(message) from error
+    missing = [path.name for path in files if not captions.get(path)]
     if missing and not prompt:
-        told = f"{flag} is {folder!r}, where pictures have no caption in {extension or ' or '.join(METADATA_FILES)}"
-        raise UsageError(f"{told}; write them, or give --instance_prompt for these: {shorten(missing)}")
-    if missing and (extension or column):
+        message = f"{flag} is {folder!r}, where pictures have no caption in {extension}"
+        raise UsageError(f"{message}; write them, or give --instance_prompt for these: {shorten(missing)}")
+    if missing and extension:
         logger.warning(f"In {folder} {len(missing)} pictures take --instance_prompt for a caption: {shorten(missing)}")
-    prompts = {path: captions.get(same_name(path.name)) or prompt for path in files}
-    return [
-        Picture(f"{path.parent.name}/{path.name}", functools.partial(Image.open, path), prompt)
-        for path, prompt in prompts.items()
-    ]
+    opens = {path: functools.partial(Image.open, path) for path in files}
+    return [Picture(f"{path.parent.name}/{path.name}", opens[path], captions.get(path) or prompt) for path in files]
 
 
 def open_row(dataset: Any, row: int, column: str) -> Image.Image:
@@ -684,11 +1351,7 @@ def open_row(dataset: Any, row: int, column: str) -> Image.Image:
 
 
 def pictures_in_dataset(args: Namespace) -> list[Picture]:
-    """The pictures of `--dataset_name`'s train split, each with its caption or the instance prompt.
-
-    Raises:
-        UsageError: if a column is missing, holds no pictures, or a caption is not text.
-    """
+    """The pictures of `--dataset_name`'s train split, each with its caption or the instance prompt."""
     from datasets import Image as ImageFeature  # optional: only this flag needs it
     from datasets import load_dataset
 
@@ -703,6 +1366,8 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
             raise UsageError(f"{flag} is {column!r}; the dataset has the columns {', '.join(dataset.column_names)}")
     if not isinstance(dataset.features[args.image_column], ImageFeature):
         raise UsageError(f"--image_column is {args.image_column!r}, which does not hold pictures")
+    if len(dataset) == 0:
+        raise UsageError(f"--dataset_name is {args.dataset_name!r}, whose train split is empty")
     captions = list(dataset[args.caption_column]) if args.caption_column else [None] * len(dataset)
     wrong = [str(row) for row, caption in enumerate(captions) if not isinstance(caption, str | None)]
     if wrong:
@@ -710,19 +1375,13 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
     captions = [(caption or "").strip() for caption in captions]
     missing = [str(row) for row, caption in enumerate(captions) if not caption]
     if missing and not args.instance_prompt:
-        told = f"--caption_column is {args.caption_column!r}, which has no text in row {shorten(missing)}"
-        raise UsageError(f"{told}; write it, or give --instance_prompt for these")
+        message = f"--caption_column is {args.caption_column!r}, which has no text in row {shorten(missing)}"
+        raise UsageError(f"{message}; write it, or give --instance_prompt for these")
     if missing and args.caption_column:
         logger.warning(f"{len(missing)} pictures take --instance_prompt for a caption: rows {shorten(missing)}")
-    if len(dataset) == 0:
-        raise UsageError(f"--dataset_name is {args.dataset_name!r}, whose train split is empty")
     images = dataset.select_columns(args.image_column)
-    return [
-        Picture(
-            f"row {row}", functools.partial(open_row, images, row, args.image_column), caption or args.instance_prompt
-        )
-        for row, caption in enumerate(captions)
-    ]
+    opens = [functools.partial(open_row, images, row, args.image_column) for row in range(len(dataset))]
+    return [Picture(f"row {row}", opens[row], caption or args.instance_prompt) for row, caption in enumerate(captions)]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -741,24 +1400,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def difference_hash(image: Image.Image) -> int:
-    """64 bits: whether each of 8 x 8 places is brighter than its left neighbour; near duplicates differ in few."""
-    grey = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"))
-    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes())
-
-
 def check_pictures(pictures: list[Picture]) -> list[Picture]:
-    """Decode every picture once, before anything expensive; returns them with their sizes and looks.
+    """Decode every picture once, before anything expensive; returns them with their sizes and digests.
 
-    Raises:
-        UsageError: naming all that cannot be read.
+    A UsageError names all that cannot be read.
     """
     checked, broken = [], []
     for picture in tqdm(pictures, desc="Checking pictures", unit="picture", leave=False, delay=2, disable=None):
         try:
-            with picture.open() as stored:
-                image = to_rgb(stored)
-            checked.append(replace(picture, size=image.size, look=difference_hash(image)))
+            image = picture.read()
+            checked.append(replace(picture, size=image.size, digest=xxhash.xxh3_64_hexdigest(image.tobytes())))
         except Exception as error:  # decoders raise what they like; all of it means that it cannot be read
             broken.append(f"{picture.name}: {error}")
     if broken:
@@ -766,98 +1417,190 @@ def check_pictures(pictures: list[Picture]) -> list[Picture]:
     return checked
 
 
-class View(NamedTuple):
-    """What of a picture is trained on: the crop's corner after resizing, in pixels, and whether it is mirrored."""
-
-    left: int
-    top: int
-    flip: bool
-
-
-def nearest_size(size: Size, sizes: list[Size]) -> Size:
-    """Which of `sizes` is nearest to `size` in log aspect ratio, and among equals in log area; all width, height."""
-    aspect, area = size[0] / size[1], math.prod(size)
-    return min(sizes, key=lambda at: (abs(math.log(aspect / (at[0] / at[1]))), abs(math.log(area / math.prod(at)))))
-
-
-def training_sizes(args: Namespace) -> list[Size]:
-    """What pictures are cropped to: the square of `--resolution`, or the sizes of `--aspect_ratio_buckets`."""
-    if not args.aspect_ratio_buckets:
-        return [(args.resolution, args.resolution)]
-    if args.aspect_ratio_buckets == "auto":
-        roots = [math.sqrt(ratio) for ratio in ASPECT_RATIOS]
-        wide = [(whole_tokens(args.resolution * root), whole_tokens(args.resolution / root)) for root in roots]
-        return list(dict.fromkeys([*wide, *((width, height) for height, width in wide)]))
-    pairs = (pair.split(",") for pair in args.aspect_ratio_buckets.split(";"))
-    return [(int(width), int(height)) for height, width in pairs]
-
-
-def resized_size(width: int, height: int, size: Size) -> Size:
-    """Width and height of a picture that was resized to cover `size`, its aspect kept."""
-    if width * size[1] <= height * size[0]:
-        return size[0], int(size[0] * height / width)
-    return int(size[1] * width / height), size[1]
-
-
-def draw_view(
-    width: int, height: int, size: Size, center_crop: bool, random_flip: bool, generator: torch.Generator
-) -> View:
-    """Choose the crop to `size` of a resized picture of `width` x `height`, and whether to mirror it."""
-    spare = (width - size[0], height - size[1])
-    if center_crop:
-        left, top = (round(side / 2) for side in spare)
-    else:
-        left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in spare)
-    return View(left, top, random_flip and bool(torch.rand((), generator=generator) < 0.5))
-
-
-def to_pixels(image: Image.Image, size: Size, view: View, mode: str) -> Tensor:
-    """Resize, crop and mirror an RGB picture to `size`, width and height: (3, height, width), float32 in [-1, 1]."""
-    resample = Image.Resampling[mode.upper()]
-    image = image.resize(resized_size(*image.size, size), resample)
-    image = image.crop((view.left, view.top, view.left + size[0], view.top + size[1]))
-    if view.flip:
-        image = ImageOps.mirror(image)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
-
-
-def see(args: Namespace, picture: Picture, size: Size, generator: torch.Generator | None) -> tuple[View, Tensor]:
-    """What of a picture is trained at `size`, and its pixels. Without a generator: the centre, not mirrored."""
-    with picture.open() as stored:
-        image = to_rgb(stored)
-    center_crop, random_flip = args.center_crop or generator is None, args.random_flip and generator is not None
-    resized = resized_size(*image.size, size)
-    view = draw_view(*resized, size, center_crop, random_flip, generator or torch.Generator())
-    return view, to_pixels(image, size, view, args.image_interpolation_mode)
-
-
-def report_pictures(half: str, pictures: list[Picture], sizes: list[Size]) -> None:
-    """Log what there is of a half, how much of it a crop to the nearest of `sizes` loses, and what looks wrong."""
-    places: dict[Size, list[tuple[float, str]]] = {}
-    enlarged, alike = [], []
-    for number, picture in enumerate(pictures):
+def report_pictures(source: str, pictures: list[Picture], sizes: list[Size]) -> None:
+    """Log what pictures there are, how much of them a crop to the nearest of `sizes` loses, and which are enlarged."""
+    cropped, enlarged = dict[Size, list[tuple[float, str]]](), []
+    for picture in pictures:
         size = nearest_size(picture.size, sizes)
         width, height = resized_size(*picture.size, size)
-        places.setdefault(size, []).append((100 - 100 * math.prod(size) / (width * height), picture.name))
+        cropped.setdefault(size, []).append((100 - 100 * math.prod(size) / (width * height), picture.name))
         if width > picture.size[0]:
             enlarged.append("{} ({}x{})".format(picture.name, *picture.size))
-        twins = (other for other in pictures[:number] if (picture.look ^ other.look).bit_count() <= 6)
-        alike += [f"{other.name} = {picture.name}" for other in twins]
-    rows = [f"{len(pictures)} {half} pictures"]
-    for (width, height), found in sorted(places.items()):
+    rows = [f"{len(pictures)} {source} pictures"]
+    for (width, height), found in sorted(cropped.items()):
         mean = sum(share for share, _ in found) / len(found)
         names = shorten([f"{name} {share:.1f} %" for share, name in sorted(found)[::-1]])
         rows.append(f"{width}x{height}: {len(found)}, cropped by {mean:.1f} %: {names}")
     rows += [f"enlarged: {shorten(enlarged)}"] if enlarged else []
-    rows += [f"near duplicates: {shorten(alike)}"] if alike else []
     logger.info("\n  ".join(rows))
 
 
-class LatentDistribution(NamedTuple):
-    """What the VAE makes of pixels: mean and standard deviation, each (..., C, H, W), float32, before scaling."""
+def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
+    """The pictures of the subject, those of the class that are there, and those held out; a UsageError without any."""
+    captions = (args.instance_prompt, args.caption_extension)
+    if args.dataset_name:
+        pictures = {"instance": pictures_in_dataset(args)}
+    else:
+        pictures = {"instance": pictures_in_folder("--instance_data_dir", args.instance_data_dir, *captions)}
+    if args.validation_data_dir:
+        pictures["validation"] = pictures_in_folder("--validation_data_dir", args.validation_data_dir, *captions)
+    class_flag, folder = "--class_data_dir", args.class_data_dir
+    if args.with_prior_preservation and os.path.lexists(folder) and open_folder(class_flag, folder):
+        pictures["class"] = pictures_in_folder(class_flag, folder, args.class_prompt)
+    checked = iter(check_pictures([picture for part in pictures.values() for picture in part]))
+    pictures = {source: [next(checked) for _ in part] for source, part in pictures.items()}
+    for name in ("instance_data_dir", "validation_data_dir"):
+        if getattr(args, name) and (others := ignored_files(Path(getattr(args, name)), args.caption_extension)):
+            logger.warning(f"--{name} has files that are not pictures by their names, ignored: {shorten(others)}")
+    for source, part in pictures.items():
+        if source != "class" or not args.aspect_ratio_buckets:  # else each takes its instance picture's
+            report_pictures(source, part, training_sizes(args))
+    return pictures
 
-    mean: Tensor
-    std: Tensor
+
+def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int) -> None:
+    """Draw the class pictures that are missing, at the training resolution, the processes sharing the work."""
+    folder = Path(args.class_data_dir)
+    if accelerator.is_main_process:
+        remove_leftovers(folder)
+    missing = args.num_class_images - len(list_picture_files(folder))
+    free = (number for number in range(2 * args.num_class_images) if not (folder / f"class_{number:05d}.png").exists())
+    numbers = [next(free) for _ in range(missing)]
+    accelerator.wait_for_everyone()  # nobody writes before all have counted
+    mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    default = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
+    dtype = PRECISIONS.get(args.prior_generation_precision, default)
+    encoded = encode_prompts(args, accelerator, [args.class_prompt], dtype)  # frees the encoders: 10 GB of FLUX.1 [dev]
+    if mine:
+        sampler = make_sampler(args, load_base(args, dtype, accelerator.device))
+        vae, size = load_vae(args, accelerator), (args.resolution, args.resolution)
+        hidden = not accelerator.is_local_main_process or None  # None: where there is no terminal
+        bar = tqdm(total=len(mine), desc="Generating class pictures", disable=hidden)
+        for start in range(0, len(mine), args.sample_batch_size):
+            part = mine[start : start + args.sample_batch_size]
+            noise = [generator_for(seed, "class picture", number) for number in part]
+            prompts = [encoded[args.class_prompt]] * len(part)
+            pictures = draw_pictures(sampler, vae, prompts, size, dtype, noise)
+            for number, picture in zip(part, pictures, strict=True):
+                save_picture(picture, folder / f"class_{number:05d}.png")
+            bar.update(len(part))
+        bar.close()
+    accelerator.wait_for_everyone()
+    if len(list_picture_files(folder)) < args.num_class_images:
+        raise UsageError(
+            f"--class_data_dir is {args.class_data_dir!r}: each machine has drawn a part; share the folder"
+        )
+
+
+def prepare_dataset(
+    args: Namespace, accelerator: Accelerator, pictures: dict[str, list[Picture]], seed: int
+) -> DreamBoothDataset:
+    """The examples, after the class pictures that are missing were drawn."""
+    class_pictures: list[Picture] = []
+    if args.with_prior_preservation:
+        if len(pictures.get("class", [])) < args.num_class_images:
+            with stage(args, accelerator, "Generating class pictures"):
+                generate_class_pictures(args, accelerator, seed)
+        class_pictures = pictures_in_folder("--class_data_dir", args.class_data_dir, args.class_prompt)
+    return DreamBoothDataset(pictures["instance"], class_pictures[: args.num_class_images], args, seed)
+
+
+def make_sampler(args: Namespace, transformer: nn.Module) -> FluxPipeline:
+    """The pipeline of an unwrapped transformer, which is used as it is, neither cast nor moved."""
+    sampler = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
+    sampler.set_progress_bar_config(disable=True)
+    return sampler
+
+
+@torch.no_grad()
+def draw_pictures(
+    sampler: FluxPipeline,
+    vae: AutoencoderKL,
+    prompts: list[PromptEmbeds],
+    size: Size,
+    dtype: torch.dtype,
+    generators: list[torch.Generator],
+    **options: Any,
+) -> list[Image.Image]:
+    """A picture of `size` for each prompt, from the noise of its generator; used for class and validation pictures.
+
+    `dtype` is that of the prompts, `options` are the pipeline's.
+    """
+    latents = sampler(
+        prompt_embeds=torch.stack([prompt.prompt_embeds for prompt in prompts]).to(vae.device, dtype),
+        pooled_prompt_embeds=torch.stack([prompt.pooled_prompt_embeds for prompt in prompts]).to(vae.device, dtype),
+        width=size[0],
+        height=size[1],
+        generator=generators,
+        output_type="latent",
+        **options,
+    ).images
+    return [decode_latents(vae, own[None], size) for own in latents]
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG or JPEG that is whole or not there."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    picture.save(partial, format="PNG" if path.suffix == ".png" else "JPEG", quality=92)
+    partial.replace(path)
+
+
+def log_pictures(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
+    """Send pictures to the trackers that take them."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images(
+                {name: np.stack([np.asarray(picture) for picture in pictures])}, step, dataformats="NHWC"
+            )
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: pictures}, step)
+
+
+def list_validation_pictures(output_dir: Path) -> dict[tuple[int, int], Path]:
+    """The pictures that were drawn on the way, by step and number."""
+    paths = (output_dir / "validation").glob("step_*.png")
+    found = ((re.fullmatch(r"step_(\d+)_(\d+)\.png", path.name), path) for path in paths)
+    return {(int(match[1]), int(match[2])): path for match, path in found if match}
+
+
+def draw_contact_sheet(args: Namespace, step: int) -> Image.Image:
+    """The validation pictures up to `step` on one sheet: steps down, prompts across; long runs thinned evenly."""
+    cells = list_validation_pictures(Path(args.output_dir))
+    steps = sorted({drawn for drawn, _ in cells if drawn <= step})
+    rows = sorted({steps[round(row * (len(steps) - 1) / (SHEET_ROWS - 1))] for row in range(SHEET_ROWS)})
+    prompts, font, label, header = args.validation_prompt, ImageFont.load_default(16), 64, 48
+    columns = len(prompts) * args.num_validation_images
+    sheet = Image.new("RGB", (label + columns * SHEET_CELL, header + len(rows) * SHEET_CELL), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column in range(columns):
+        title = textwrap.fill(prompts[column // args.num_validation_images], 30, max_lines=2, placeholder=" …")
+        draw.text((label + column * SHEET_CELL + 4, 4), title, "black", font)
+    for row, drawn in enumerate(rows):
+        draw.text((label - 8, header + (row + 0.5) * SHEET_CELL), str(drawn), "black", font, anchor="rm")
+        for column in range(columns):
+            if (drawn, column) in cells:
+                with Image.open(cells[drawn, column]) as picture:
+                    cell = ImageOps.contain(picture, (SHEET_CELL - 4, SHEET_CELL - 4))
+                sheet.paste(cell, (label + column * SHEET_CELL + 2, header + row * SHEET_CELL + 2))
+    return sheet
+
+
+# =================================== 10. Randomness, and the order of the examples ====================================
+
+
+def generator_for(*key: str | int) -> torch.Generator:
+    """A CPU generator seeded by hashing `key`: (seed, purpose, epoch or step, position).
+
+    Everything random comes from here, so that no draw depends on another one, on the number of processes or on
+    where a run was stopped.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def draw_normal(shape: torch.Size, seed: int, purpose: str, draws: list[tuple]) -> Tensor:
+    """Standard normal noise of `shape` for each of B draws: (B, *shape)."""
+    return torch.stack([torch.randn(shape, generator=generator_for(seed, purpose, *draw)) for draw in draws])
 
 
 class ExampleKey(NamedTuple):
@@ -866,7 +1609,7 @@ class ExampleKey(NamedTuple):
     epoch: int
     position: int  # in the order of the epoch, over all processes
     example: int  # its number in the dataset
-    weight: float  # share of its loss in the step's: 1 / examples of the step, or 0 for a filler
+    loss_weight: float  # share of its loss in the step's: 1 / examples of the step, or 0 for a filler
     last: bool  # whether its micro-batch ends an optimizer step
 
 
@@ -912,186 +1655,66 @@ class MicroBatches:
                 cut = self.cut_epoch(epoch)
             start = step_in_epoch * self.accumulation * self.processes
             batches = cut[start : start + self.accumulation * self.processes]
-            weight = 1 / sum(map(len, batches))
+            loss_weight = 1 / sum(map(len, batches))
             for first in range(0, len(batches), self.processes):
                 last, own = first + self.processes >= len(batches), first + self.process
                 if own < len(batches):
-                    yield [ExampleKey(epoch, *place, weight, last) for place in batches[own]]
+                    yield [ExampleKey(epoch, *example, loss_weight, last) for example in batches[own]]
                 else:
                     yield [ExampleKey(epoch, *batches[first][0], 0.0, last)]
 
 
-class DreamBoothDataset(Dataset):
-    """Instance pictures, repeated, each paired with a class picture where there are any, as `args` say."""
-
-    def __init__(
-        self, instance_pictures: list[Picture], class_pictures: list[Picture], args: Namespace, seed: int
-    ) -> None:
-        instance, sizes = [picture for picture in instance_pictures for _ in range(args.repeats)], training_sizes(args)
-        self.halves = {"instance": instance} | ({"class": class_pictures} if class_pictures else {})
-        self.args, self.seed = args, seed
-        # Of each example: that of its instance picture, which the class picture is cropped to as well.
-        self.buckets = [nearest_size(instance[at % len(instance)].size, sizes) for at in range(len(self))]
-        self.cached: dict[tuple[str, int, Size], LatentDistribution] | None = None  # by half, index in it and bucket
-
-    def __len__(self) -> int:
-        return max(len(pictures) for pictures in self.halves.values())
-
-    @property
-    def prompts(self) -> list[str]:
-        """Every prompt that a batch may have, once."""
-        prompts = [picture.prompt for pictures in self.halves.values() for picture in pictures]
-        return list(dict.fromkeys(prompts + ([""] if self.args.caption_dropout else [])))
-
-    def view_and_pixels(self, half: str, index: int, size: Size, *place: int) -> tuple[View, Tensor]:
-        """The crop of a picture to `size` that is drawn for `place`, and its pixels."""
-        return see(self.args, self.halves[half][index], size, generator_for(self.seed, "view", half, *place))
-
-    def __getitem__(self, key: ExampleKey) -> dict[str, Any]:
-        example: dict[str, Any] = {"key": key}
-        size, drawn = self.buckets[key.example], generator_for(self.seed, "caption dropout", key.epoch, key.position)
-        dropped = {"instance"} if torch.rand((), generator=drawn) < self.args.caption_dropout else set()
-        for half, pictures in self.halves.items():
-            index = key.example % len(pictures)
-            example[half] = {"prompt": "" if half in dropped else pictures[index].prompt}
-            if self.cached is None:
-                example[half]["pixels"] = self.view_and_pixels(half, index, size, key.epoch, key.position)[1]
-            else:
-                example[half]["latents"] = self.cached[half, index, size]
-        return example
+def make_schedule(
+    args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, state: RunState
+) -> MicroBatches:
+    """What this process trains in which step, from where the run stands."""
+    split = (accelerator.process_index, accelerator.num_processes)
+    sizes = (len(dataset), args.train_batch_size, args.gradient_accumulation_steps)
+    return MicroBatches(*sizes, *split, state.seed, state.step, args.max_train_steps, dataset.buckets)
 
 
-def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """B examples as one batch of B pictures, or of 2B: all instance pictures, then all class pictures.
-
-    Returns:
-        "keys": list of B; "weights": (B,); "prompts": list of B or 2B;
-        "pixels": (B or 2B, 3, H, W), or "latents": a LatentDistribution of (B or 2B, C, h, w) each.
-    """
-    halves = [half for half in ("instance", "class") if half in examples[0]]
-    pictures = default_collate([example[half] for half in halves for example in examples])
-    keys = [example["key"] for example in examples]
-    weights = torch.tensor([key.weight for key in keys])
-    return {"keys": keys, "weights": weights, "prompts": pictures.pop("prompt")} | pictures
-
-
-# ======================================================================================================================
-# 3. Text encoders
-# ======================================================================================================================
-
-
-class PromptEmbeds(NamedTuple):
-    """One prompt as FLUX.1 takes it, on the CPU."""
-
-    prompt_embeds: Tensor  # (T, D), from T5
-    pooled_prompt_embeds: Tensor  # (P,), from CLIP
-    clip_ids: Tensor  # (77,), for a CLIP that is trained
+def resolve_steps(args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, state: RunState) -> None:
+    """Fill in what follows from the data and the processes: `--max_train_steps`, and `--scale_lr`'s rate."""
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    steps_per_epoch = make_schedule(args, accelerator, dataset, state).steps_per_epoch
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * steps_per_epoch
+    if state.step > args.max_train_steps:
+        raise UsageError(
+            f"--resume_from_checkpoint={args.resume_from_checkpoint} is at step {state.step}, past the end of this run "
+            f"at {args.max_train_steps}: raise --max_train_steps, or name an earlier checkpoint"
+        )
+    if args.scale_lr:
+        args.learning_rate *= per_step
+        logger.info(f"--scale_lr: the learning rate is {args.learning_rate} for {per_step} examples a step")
+    logger.info(
+        f"{len(dataset)} examples, {per_step} a step, {steps_per_epoch} steps an epoch, {args.max_train_steps} in all"
+    )
 
 
-def gather_dicts(mine: dict[Any, Any]) -> dict[Any, Any]:
-    """The union of the dictionaries of all processes, on all of them."""
-    return {key: value for part in gather_object([mine]) for key, value in part.items()}
+# ======================== 11. Memory: loading, quantized and swapped weights, compiled blocks =========================
 
 
-@torch.no_grad()
-def encode_prompts(
-    args: Namespace, accelerator: Accelerator, prompts: list[str], dtype: torch.dtype
-) -> dict[str, PromptEmbeds]:
-    """Encode every distinct prompt of the run once, the processes sharing the work, and free the encoders.
-
-    The pipeline itself encodes, so that training sees what sampling will see: T5 padded to `--max_sequence_length`,
-    padding attended to.
-    """
-    mine = prompts[accelerator.process_index :: accelerator.num_processes]
-    if not mine:
-        return gather_dicts({})
-    parts = {name: from_base(kind, args, subfolder=name) for name, kind in TOKENIZERS.items()}
-    parts |= {name: from_base(kind, args, subfolder=name, dtype=dtype) for name, kind in TEXT_ENCODERS.items()}
-    pipeline = FluxPipeline(scheduler=None, vae=None, transformer=None, **parts).to(accelerator.device)
-    lengths = {"CLIP": (pipeline.tokenizer, pipeline.tokenizer.model_max_length)}
-    lengths["T5 (--max_sequence_length)"] = (pipeline.tokenizer_2, args.max_sequence_length)
-    for reader, (tokenizer, most) in lengths.items():
-        cut = [repr(prompt[:60]) for prompt in prompts if len(tokenizer(prompt).input_ids) > most]
-        if cut:
-            logger.info(f"{len(cut)} prompts are cut: {reader} reads {most} tokens of {shorten(cut, 5)}")
-    encoded = {}
-    for prompt in tqdm(
-        mine, desc="Encoding prompts", leave=False, delay=2, disable=not accelerator.is_main_process or None
-    ):
-        embeds, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=args.max_sequence_length)
-        clip_ids = pipeline.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        encoded[prompt] = PromptEmbeds(embeds[0].cpu(), pooled[0].cpu(), clip_ids[0])
-    return gather_dicts(encoded)
+def hub_options(args: Namespace, **extra: Any) -> dict[str, Any]:
+    """The keyword arguments of everything that is loaded of the base model."""
+    options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "token": args.hub_token}
+    return {name: value for name, value in options.items() if value is not None} | extra
 
 
-def pool_with_clip(text_encoder: nn.Module, clip_ids: Tensor) -> Tensor:
-    """CLIP's pooled vector, (B, P), of token ids (B, 77)."""
-    return text_encoder(clip_ids).pooler_output
-
-
-# ======================================================================================================================
-# 4. VAE
-# ======================================================================================================================
-
-
-def load_vae(args: Namespace, accelerator: Accelerator) -> AutoencoderKL:
-    """The frozen VAE: bfloat16 in a bf16 run, else float32 (in float16 its activations overflow)."""
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    vae = from_base(AutoencoderKL, args, subfolder="vae", dtype=dtype)
-    return vae.requires_grad_(False).eval().to(accelerator.device)
-
-
-@torch.no_grad()
-def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> LatentDistribution:
-    """The posterior over latents of pixels (B, 3, 8H, 8W) in [-1, 1]: mean and deviation, (B, C, H, W)."""
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    return LatentDistribution(posterior.mean.float(), posterior.std.float())
-
-
-def sample_latents(
-    distribution: LatentDistribution, noise: Tensor, shift_factor: float, scaling_factor: float
-) -> Tensor:
-    """A draw from the posterior, scaled as the transformer wants it: (B, C, H, W)."""
-    sample = distribution.mean + distribution.std * noise
-    return (sample - shift_factor) * scaling_factor
-
-
-@torch.no_grad()
-def decode_latents(vae: AutoencoderKL, packed_latents: Tensor, side: int) -> Image.Image:
-    """The picture, `side` pixels square, of packed latents (1, L, 4C)."""
-    latents = FluxPipeline._unpack_latents(packed_latents, side, side, vae_scale_factor=8)
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample[0].float().cpu()
-    return Image.fromarray(((pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
-
-
-def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset) -> None:
-    """Encode every picture of the dataset once, the processes sharing the work.
-
-    What is kept is the posterior, so that each step still draws a sample of its own. Repeats of a picture get crops
-    and flips of their own; where they come out the same, they are encoded once.
-    """
-    examples = list(enumerate(dataset.buckets))
-    needed = ((half, at % len(part), size) for half, part in dataset.halves.items() for at, size in examples)
-    mine, seen = list(dict.fromkeys(needed))[accelerator.process_index :: accelerator.num_processes], {}
-    encoded: dict[tuple[str, int, Size], LatentDistribution] = {}
-    bar = tqdm(mine, desc="Encoding pictures", leave=False, delay=2, disable=not accelerator.is_main_process or None)
-    for half, index, size in bar:
-        view, pixels = dataset.view_and_pixels(half, index, size, 0, index)
-        picture = (half, dataset.halves[half][index].name, size, view)
-        if picture not in seen:
-            mean, std = encode_pixels(vae, pixels[None])
-            seen[picture] = LatentDistribution(mean[0].cpu(), std[0].cpu())
-        encoded[half, index, size] = seen[picture]
-    dataset.cached = gather_dicts(encoded)
-
-
-# ======================================================================================================================
-# 5. Flow matching (edit freely)
-#
-# B pictures, C latent channels, H x W latent height and width (pixels / 8), L = H/2 * W/2 image tokens, T text tokens,
-# D and P the widths of T5 and CLIP. sigma 1 is pure noise; the model predicts the velocity `noise - latents`.
-# ======================================================================================================================
+def from_base(kind: Any, args: Namespace, **options: Any) -> Any:
+    """`kind.from_pretrained` of the base model, with `options` beside the Hub's; a UsageError if it does not load."""
+    name = args.pretrained_model_name_or_path
+    try:
+        return kind.from_pretrained(name, **hub_options(args, **options))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # each loader has its own kinds
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(
+            f"{options.get('subfolder', 'the pipeline')} of --pretrained_model_name_or_path={name} does not load: "
+            f"{reason}. Check that the checkpoint is whole, --revision and --variant, and that what "
+            "requirements_flux.txt names is installed"
+        ) from error
 
 
 def load_scheduler(args: Namespace) -> FlowMatchEulerDiscreteScheduler:
@@ -1099,148 +1722,30 @@ def load_scheduler(args: Namespace) -> FlowMatchEulerDiscreteScheduler:
     return from_base(FlowMatchEulerDiscreteScheduler, args, subfolder="scheduler")
 
 
-def flow_shift(setting: float | str | None, tokens: int, config: Any) -> float:
-    """The shift for a picture of L image tokens: "dynamic" is exp(mu) of FLUX.1's sampler, mu linear in L."""
-    if setting != "dynamic":
-        return 1.0 if setting is None else float(setting)
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    return math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
+def load_base(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
+    """The frozen transformer in `dtype`, read tensor by tensor straight to `device`."""
+    return from_base(
+        FluxTransformer2DModel, args, subfolder="transformer", dtype=dtype, device_map={"": device}
+    ).requires_grad_(False)
 
 
-def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Sigmas moved towards noise for a shift above 1; https://arxiv.org/abs/2403.03206, equation 23."""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+def read_transformer(args: Namespace, accelerator: Accelerator, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """The transformer, frozen in `dtype`: on the device, or on the CPU for an engine that shards it.
 
-
-def sample_sigmas(
-    generators: list[torch.Generator],
-    sigma_table: Tensor,
-    weighting_scheme: str = "none",
-    logit_mean: float = 0.0,
-    logit_std: float = 1.0,
-    mode_scale: float = 1.29,
-    shift: float = 1.0,
-) -> Tensor:
-    """Draw one noise level a picture, with a generator each: (B,), float32.
-
-    A place u in [0, 1) is drawn by the scheme (logit_normal and mode: https://arxiv.org/abs/2403.03206, section 3.1;
-    the others uniformly) and looked up in the scheduler's table, which falls from 1 to 1/1000; then it is shifted.
+    Only process 0 reads the file where the engine gives its weights to all, as DDP, FSDP2 and ZeRO do: the others
+    reserve memory, which stays untouched on the CPU.
     """
-    places = [
-        compute_density_for_timestep_sampling(
-            weighting_scheme, 1, logit_mean, logit_std, mode_scale, generator=generator
-        )
-        for generator in generators
-    ]
-    index = (torch.cat(places) * len(sigma_table)).long().clamp(0, len(sigma_table) - 1)
-    return shift_sigmas(sigma_table[index].float(), shift)
-
-
-def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Latents (B, C, H, W) on their straight path to noise, at sigmas (B,); https://arxiv.org/abs/2210.02747."""
-    sigmas = sigmas.view(-1, 1, 1, 1)
-    return (1 - sigmas) * latents + sigmas * noise
-
-
-def pack_latents(latents: Tensor) -> Tensor:
-    """Each 2 x 2 patch of latents (B, C, H, W) becomes a token: (B, L, 4C)."""
-    batch, channels, height, width = latents.shape
-    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, (height // 2) * (width // 2), 4 * channels)
-
-
-def make_image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Position of each token, (L, 3): zero, row, column, for latents of `height` x `width`."""
-    sides = (torch.arange(side // 2, device=device, dtype=torch.float32) for side in (height, width))
-    rows, columns = torch.meshgrid(*sides, indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
-
-
-def make_guidance(transformer: nn.Module, scale: float, batch: int, device: torch.device) -> Tensor | None:
-    """The guidance input of an unwrapped transformer, (B,), or None if it takes none (FLUX.1 [schnell])."""
-    config: Any = transformer.config
-    return torch.full((batch,), scale, device=device) if config.guidance_embeds else None
-
-
-def predict_velocity(
-    transformer: nn.Module,
-    noisy_latents: Tensor,
-    sigmas: Tensor,
-    prompt_embeds: Tensor,
-    pooled_prompt_embeds: Tensor,
-    guidance: Tensor | None,
-) -> Tensor:
-    """The one call of the model, in the field's words.
-
-    Args:
-        transformer: a FluxTransformer2DModel, wrapped or not. It takes sigma itself as its timestep.
-        noisy_latents: (B, C, H, W).
-        sigmas: (B,).
-        prompt_embeds: (B, T, D), from T5.
-        pooled_prompt_embeds: (B, P), from CLIP.
-        guidance: (B,), or None for a model without guidance embeddings.
-
-    Returns:
-        The velocity, packed: (B, L, 4C).
-    """
-    return transformer(
-        hidden_states=pack_latents(noisy_latents),
-        timestep=sigmas,
-        guidance=guidance,
-        pooled_projections=pooled_prompt_embeds,
-        encoder_hidden_states=prompt_embeds,
-        txt_ids=noisy_latents.new_zeros(prompt_embeds.shape[1], 3),
-        img_ids=make_image_ids(noisy_latents.shape[-2], noisy_latents.shape[-1], noisy_latents.device),
-        return_dict=False,
-    )[0]
-
-
-def flow_matching_loss(
-    velocity: Tensor, latents: Tensor, noise: Tensor, sigmas: Tensor, weighting_scheme: str = "none"
-) -> Tensor:
-    """Weighted mean squared error of the velocity, a picture: (B,), float32.
-
-    Packing is a permutation, so the mean is taken over the packed tokens. Weights: sigma_sqrt 1 / sigma^2, cosmap
-    2 / (pi * (1 - 2 sigma + 2 sigma^2)), else 1 (https://arxiv.org/abs/2403.03206).
-    """
-    errors = velocity.float() - pack_latents(noise - latents).float()
-    return compute_loss_weighting_for_sd3(weighting_scheme, sigmas) * errors.square().mean(dim=(1, 2))
-
-
-def weigh_losses(losses: Tensor, weights: Tensor, prior_loss_weight: float) -> Tensor:
-    """Losses of B instance pictures, or of B instance and B class pictures, as one number.
-
-    With weights (B,) of 1/B: the mean over the instance pictures, plus `prior_loss_weight` times that over the class
-    pictures (https://arxiv.org/abs/2208.12242, equation 2).
-    """
-    if len(losses) == len(weights):
-        return (weights * losses).sum()
-    instance, prior = losses.chunk(2)
-    return (weights * instance).sum() + prior_loss_weight * (weights * prior).sum()
-
-
-def training_loss(
-    transformer: nn.Module,
-    latents: Tensor,
-    noise: Tensor,
-    sigmas: Tensor,
-    prompt_embeds: Tensor,
-    pooled_prompt_embeds: Tensor,
-    guidance: Tensor | None,
-    weights: Tensor,
-    weighting_scheme: str = "none",
-    prior_loss_weight: float = 1.0,
-) -> Tensor:
-    """From latents, noise and sigmas to the loss of a micro-batch: a scalar. To change the loss, start here."""
-    noisy_latents = add_noise(latents, noise, sigmas)
-    velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, pooled_prompt_embeds, guidance)
-    losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme)
-    return weigh_losses(losses, weights, prior_loss_weight)
-
-
-# ======================================================================================================================
-# 6. Transformer (edit freely): what is trained, and in which precision
-# ======================================================================================================================
+    device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
+    replicated = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    given = is_sharded(accelerator) or replicated
+    given = given and not args.fused_backward_pass  # which replaces DDP
+    if accelerator.is_main_process or not given:
+        return load_base(args, dtype, device)
+    options = hub_options(args, subfolder="transformer")
+    config = FluxTransformer2DModel.load_config(args.pretrained_model_name_or_path, **options)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config).to(dtype)
+    return transformer.to_empty(device=device).requires_grad_(False)
 
 
 def list_blocks(transformer: nn.Module) -> list[nn.Module]:
@@ -1266,122 +1771,30 @@ def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
             module.register_forward_hook(keep_dtype)
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the processes hold parts of what is trained (FSDP2, ZeRO), so that all must run each forward together."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-def read_transformer(args: Namespace, accelerator: Accelerator, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """The transformer, frozen in `dtype`: on the device, or on the CPU for an engine that shards it.
-
-    Only process 0 reads the file where the engine gives its weights to all, as DDP, FSDP2 and ZeRO do: the others
-    reserve memory, which stays untouched on the CPU.
-    """
-    device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
-    replicated = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    given = is_sharded(accelerator) or replicated
-    given = given and not args.fused_backward_pass  # which replaces DDP
-    if accelerator.is_main_process or not given:
-        return load_frozen_transformer(args, dtype, device)
-    options = hub_options(args, subfolder="transformer")
-    config = FluxTransformer2DModel.load_config(args.pretrained_model_name_or_path, **options)
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config).to(dtype)
-    return transformer.to_empty(device=device).requires_grad_(False)
-
-
 def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
     """Compile each block by accelerate's dynamo settings; one graph serves all blocks of a kind.
 
-    The forward functions are compiled, not the modules: names of weights stay, and hooks run outside.
+    The forward functions are compiled, not the modules: names of weights stay, and hooks run outside. Where compiling
+    fails, all blocks go on uncompiled.
     """
     plugin, blocks = accelerator.state.dynamo_plugin, list_blocks(transformer)
     if plugin.backend == DynamoBackend.NO or plugin.disable:
         return
     logger.info(f"Compiling the blocks with {plugin.backend.value.lower()}: the first steps take longer")
+
+    def run_compiled(block: nn.Module, compiled: Callable, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            logger.warning(f"Compiling failed, so the blocks run uncompiled: {str(error).splitlines()[0]}")
+            for other in blocks:
+                vars(other).pop("forward", None)
+            return block.forward(*args, **kwargs)
+
     for block in blocks:
         compiled = torch.compile(block.forward, **plugin.to_kwargs())
-        block.forward = functools.partial(run_compiled, block, compiled, blocks)  # type: ignore[method-assign]
+        block.forward = functools.partial(run_compiled, block, compiled)  # type: ignore[method-assign]
     plugin.backend = DynamoBackend.NO  # `prepare` would compile the whole
-
-
-def run_compiled(block: nn.Module, compiled: Callable, blocks: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """A block's compiled forward; where compiling fails, all `blocks` go on uncompiled."""
-    try:
-        return compiled(*args, **kwargs)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        logger.warning(f"Compiling failed, so the blocks run uncompiled: {str(error).splitlines()[0]}")
-        for other in blocks:
-            vars(other).pop("forward", None)
-        return block.forward(*args, **kwargs)
-
-
-def load_frozen_transformer(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
-    """The transformer in `dtype`, read tensor by tensor straight to `device`."""
-    return from_base(
-        FluxTransformer2DModel, args, subfolder="transformer", dtype=dtype, device_map={"": device}
-    ).requires_grad_(False)
-
-
-def load_transformer(args: Namespace, accelerator: Accelerator) -> FluxTransformer2DModel:
-    """The transformer, all of it trainable, in float32, or in bfloat16 with `--full_bf16`."""
-    transformer = read_transformer(args, accelerator, torch.bfloat16 if args.full_bf16 else torch.float32)
-    set_up_blocks(args, transformer)
-    return transformer.requires_grad_(True).train()
-
-
-def load_text_encoder(args: Namespace) -> CLIPTextModel:
-    """CLIP, all of it trainable, in float32."""
-    text_encoder = from_base(CLIPTextModel, args, subfolder="text_encoder", dtype=torch.float32)
-    if args.gradient_checkpointing:
-        text_encoder.gradient_checkpointing_enable()
-    return text_encoder.requires_grad_(True).train()
-
-
-# ======================================================================================================================
-# 7. Optimizer and schedule
-# ======================================================================================================================
-
-
-def parameter_groups(args: Namespace, transformer: nn.Module, text_encoder: nn.Module | None) -> list[dict]:
-    """The trainable parameters with their learning rates and weight decays."""
-    groups = [{"params": transformer, "lr": args.learning_rate, "weight_decay": args.adam_weight_decay}]
-    if text_encoder is not None:
-        # Prodigy estimates one step size for all and refuses groups with different rates.
-        lr = args.learning_rate if args.optimizer.lower() == "prodigy" else args.text_encoder_lr
-        groups.append({"params": text_encoder, "lr": lr, "weight_decay": args.adam_weight_decay_text_encoder})
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"].parameters() if parameter.requires_grad]
-    return groups
-
-
-OPTIONS = (  # of an optimizer's groups: what the flags say, and not what was learned
-    "initial_lr", "weight_decay", "betas", "eps", "beta3", "decouple", "use_bias_correction", "safeguard_warmup",
-)  # fmt: skip
-
-
-def library_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer:
-    """The optimizer of `--optimizer` over `groups`. To add another one, add it here and in `contradictions`."""
-    common = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer.lower() == "prodigy":
-        from prodigyopt import Prodigy  # optional
-
-        return Prodigy(
-            groups,
-            **common,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
-    if args.optimizer.lower() == "adafactor":  # the learning rate is the user's, not relative to step or weights
-        return Adafactor(groups, lr=args.learning_rate, scale_parameter=False, relative_step=False)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit  # optional
-
-        return AdamW8bit(groups, **common)
-    device = groups[0]["params"][0].device.type
-    return torch.optim.AdamW(groups, **common, fused=device in ("cpu", "cuda", "mps", "xpu"))
 
 
 def round_stochastically_(target: Tensor, source: Tensor, generator: torch.Generator) -> None:
@@ -1404,12 +1817,20 @@ class PerParameterOptimizer(torch.optim.Optimizer):
     Args:
         groups: as of any optimizer.
         make: the optimizer of a list with one group, whose one parameter is float32.
+        settings: names of its settings, which stay when a state is loaded.
         seed: of the rounding, which draws from generators of its own.
     """
 
-    def __init__(self, groups: list[dict], make: Callable[[list[dict]], torch.optim.Optimizer], seed: int) -> None:
+    def __init__(
+        self,
+        groups: list[dict],
+        make: Callable[[list[dict]], torch.optim.Optimizer],
+        settings: Iterable[str],
+        seed: int,
+    ) -> None:
         super().__init__(groups, {"lr": groups[0]["lr"]})
-        self.seed, self.steps, self.max_grad_norm, self.squared_norm = seed, 0, math.inf, torch.zeros(())
+        self.seed, self.settings, self.steps = seed, list(settings), 0
+        self.max_grad_norm, self.squared_norm = math.inf, torch.zeros(())
         self.processes = accelerate.PartialState().num_processes
         self.optimizers = []  # of one parameter each: the parameter, its group, and its optimizer
         for group in self.param_groups:
@@ -1471,57 +1892,27 @@ class PerParameterOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
         for number, (_, _, optimizer) in enumerate(self.optimizers):
-            with keep_options(optimizer):
+            with keep_settings(optimizer, self.settings):
                 optimizer.load_state_dict(state_dict["state"][number])
 
 
-def make_optimizer(args: Namespace, groups: list[dict], seed: int) -> torch.optim.Optimizer:
-    """The optimizer, one parameter at a time where `--full_bf16` or `--fused_backward_pass` asks for it."""
-    if not (args.full_bf16 or args.fused_backward_pass):
-        return library_optimizer(args, groups)
-    optimizer = PerParameterOptimizer(groups, functools.partial(library_optimizer, args), seed)
-    if args.fused_backward_pass:
-        optimizer.fuse(args.max_grad_norm or math.inf)
-    return optimizer
-
-
-@contextlib.contextmanager
-def keep_options(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, an optimizer takes the state of a checkpoint; its settings stay those of the flags."""
-    own = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
-    yield
-    for group, options in zip(optimizer.param_groups, own, strict=True):
-        group.update(options)
-
-
-def make_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule, which moves once an optimizer step, however many processes there are."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        step_rules=args.lr_step_rules,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+# ============================================= 12. Engines and processes ==============================================
 
 
 @dataclass
 class RunState:
-    """Where a run is. With the weights and the optimizer's state, all that an exact resume needs."""
+    """Progress of the run. With the weights and the optimizer's state, all that an exact resume needs."""
 
     step: int  # optimizer steps done
     seed: int
     untrained_loss: float | None = None  # the validation loss before the first step, of the same pictures
     owes_validation: bool = False  # whether a stop came before a validation that was due
-    losses: list[float] = field(default_factory=list)  # of each step, for the model card
     seconds: float = 0.0  # that the steps took
 
 
 @dataclass
 class TrainingData:
-    """What the stages before the transformer leave behind."""
+    """Everything prepared before the transformer loads."""
 
     dataset: DreamBoothDataset
     prompts: dict[str, PromptEmbeds]
@@ -1529,7 +1920,7 @@ class TrainingData:
     shift_factor: float
     scaling_factor: float
     validation: list[tuple[str, Tensor]]  # prompt and latents of the pictures of the validation loss
-    facts: dict[str, Any]  # what a checkpoint remembers of the data
+    metadata: dict[str, Any]  # what a checkpoint remembers of the data and the processes
     scheduler_config: Any = None  # the constants of --flow_shift=dynamic
 
 
@@ -1573,7 +1964,7 @@ class Trained:
 
 @dataclass
 class Run:
-    """A training run: its flags and processes, what the stages left behind, what is trained, and where it stands."""
+    """A training run: its flags and processes, what was prepared, what is trained, and its progress."""
 
     args: Namespace
     accelerator: Accelerator
@@ -1582,533 +1973,31 @@ class Run:
     state: RunState
 
 
-# ======================================================================================================================
-# 8. Checkpoints (plumbing)
-# ======================================================================================================================
-
-STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
-RESULT_FILE = "training_result.json"  # written last of all: without it a run is not finished
-LOCK_SECONDS = 60
-HELD: list[FileLock] = []  # the lock of the folder that this process writes to
-PIECE = 2**28  # bytes that one thread hashes at a time
-UMASK = os.umask(0o077)
-os.umask(UMASK)  # there is no call that only reads it
-PARTIAL, OLD = ".flux-partial", ".flux-old"  # ends of names that are being written, or replaced
-FREE_TO_CHANGE = {  # flags that may differ between a run and its resumption without changing the training
-    "output_dir", "logging_dir", "report_to", "resume_from_checkpoint", "checkpointing_steps",
-    "checkpoints_total_limit", "max_train_steps", "num_train_epochs", "num_validation_images", "validation_epochs",
-    "validation_steps", "validation_guidance_scale", "validation_num_inference_steps", "skip_final_inference",
-    "validation_prompt", "validation_loss", "validation_data_dir", "push_to_hub", "hub_model_id", "cache_dir",
-    "local_rank", "seed", "dataloader_num_workers", "upcast_before_saving", "sample_batch_size", "save_single_file",
-     "instance_data_dir", "class_data_dir", "validation pictures",
-}  # fmt: skip
-
-
-def settings(args: Namespace) -> dict[str, Any]:
-    """The flags as plain values, without the token: for trackers, checkpoints and the model card."""
-    return {name: value for name, value in vars(args).items() if name != "hub_token"}
-
-
-def plain_settings(args: Namespace) -> dict[str, bool | int | float | str]:
-    """The flags as trackers take them: no None, no lists."""
-    plain = {name: value for name, value in settings(args).items() if isinstance(value, bool | int | float | str)}
-    return {name: "" if value is None else json.dumps(value) for name, value in settings(args).items()} | plain
-
-
-def hash_piece(path: Path, start: int) -> bytes:
-    """XXH3 of at most PIECE bytes of a file from `start` on."""
-    digest, buffer, left = xxhash.xxh3_64(), memoryview(bytearray(2**22)), PIECE
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while left and (count := file.readinto(buffer[:left])):
-            digest.update(buffer[:count])
-            left -= count
-    return digest.digest()
-
-
-def checksums(paths: Iterable[Path]) -> dict[Path, str]:
-    """Of each file the XXH3 of those of its pieces, which threads read side by side: a checkpoint may have 143 GB."""
-    pieces = [(path, start) for path in paths for start in range(0, max(1, path.stat().st_size), PIECE)]
-    whole: dict[Path, Any] = {path: xxhash.xxh3_64() for path, _ in pieces}
-    with ThreadPoolExecutor() as pool:
-        for (path, _), digest in zip(pieces, pool.map(hash_piece, *zip(*pieces, strict=True)), strict=True):
-            whole[path].update(digest)
-    return {path: digest.hexdigest() for path, digest in whole.items()}
-
-
-def crc32(path: Path) -> int:
-    """The checksum of a file in checkpoints of earlier versions."""
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names where a system can tell, is on the disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
-    except PermissionError:
-        if path.is_dir():  # Windows opens no folders
-            return
-        raise
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def replace_path(new: Path, final: Path) -> None:
-    """Put `new`, flushed, in the place of `final`; what stood there goes only after."""
-    for path in [*new.rglob("*"), new]:
-        if path.is_file():
-            with contextlib.suppress(OSError):  # a disk without modes
-                path.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
-        flush(path)
-    old = final.with_name(f".{final.name}{OLD}")
-    if final.is_dir():
-        final.rename(old)
-    new.replace(final)
-    flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@atexit.register
-def unlock_folder() -> None:
-    """Let other runs into the folder that this process has locked, if it has."""
-    while HELD:
-        with contextlib.suppress(OSError):  # Windows removes the file itself
-            Path(HELD[-1].lock_file).unlink()
-        HELD.pop().release()
-
-
-def lock_folder(folder: Path) -> None:
-    """Keep other runs on this machine out of `folder` while this process lives; one that is ending is waited for.
-
-    Raises:
-        UsageError: if another run still writes there.
-    """
-    unlock_folder()
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # beside the user's files it would stay
-    lock = FileLock(Path(tempfile.gettempdir()) / f"flux-{name}.lock")
-    for seconds in (0, LOCK_SECONDS):
-        try:
-            lock.acquire(timeout=seconds)
-            HELD.append(lock)  # only now: what this process does not hold it must not remove
-            return
-        except Timeout:
-            if not seconds:
-                logger.warning(f"Another run is using {folder}; waiting up to {LOCK_SECONDS} s")
-        except (OSError, NotImplementedError):  # a disk that has no locks
-            return
-    raise UsageError(
-        f"--output_dir is {str(folder)!r}, which another run is using; wait for it, or give another folder"
-    )
-
-
-def set_aside(args: Namespace, step: int, facts: dict[str, Any] | None, changed: bool) -> None:
-    """Move what an earlier run left in `--output_dir` and could be taken for this one's into a folder of its own.
-
-    All of it where a run starts anew. Where one goes on at `step` from a checkpoint of the folder, which says `facts`
-    of itself: what is later than that, what is written on request only, pictures of other prompts; the result as well
-    where the training has `changed` since.
-    """
-    output, kept = Path(args.output_dir), step
-    patterns = [*(RESULTS if facts is None or changed else ON_REQUEST)]
-    before = facts["args"] if facts else {"validation_prompt": None}
-    if any(before.get(name) != getattr(args, name) for name in ("validation_prompt", "num_validation_images")):
-        patterns, kept = [*patterns, SHEET_FILE], -1
-    left = [path for pattern in patterns for path in output.glob(pattern)]
-    left += [path for number, path in list_checkpoints(output).items() if number > step]
-    left += [path for (number, _), path in list_validation_pictures(output).items() if number > kept]
-    if left:
-        free = (output / f"earlier-{number}" for number in itertools.count(1))
-        folder = next(path for path in free if not path.exists())
-        for path in left:
-            target = folder / path.relative_to(output)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
-        logger.warning(f"Moved what an earlier run left to {folder}: {shorten([path.name for path in left])}")
-
-
-def list_validation_pictures(output_dir: Path) -> dict[tuple[int, int], Path]:
-    """The pictures that were drawn on the way, by step and number."""
-    paths = (output_dir / "validation").glob("step_*.png")
-    found = ((re.fullmatch(r"step_(\d+)_(\d+)\.png", path.name), path) for path in paths)
-    return {(int(match[1]), int(match[2])): path for match, path in found if match}
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Undo what a killed run left half-done, which its names show."""
-    for old in output_dir.glob(f".*{OLD}"):
-        final = old.with_name(old.name[1 : -len(OLD)])
-        if final.exists():
-            shutil.rmtree(old)
-        else:  # killed between the two renames of `replace_path`
-            old.rename(final)
-    for partial in output_dir.glob(f".*{PARTIAL}"):
-        logger.info(f"Removing {partial.name}, which a killed run left half-written")
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-
-
-def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The checkpoints in `output_dir`, whole or not, by step, in order."""
-    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, after every file of it was compared with its checksum.
-
-    Raises:
-        UsageError: if a file is missing or damaged, or the checkpoint is from the other script.
-    """
-    try:
-        content = json.loads((path / STATE_FILE).read_text())
-        files, facts = content["files"], content["facts"]
-        if zlib.crc32(json.dumps([files, facts]).encode()) != content["checksum"]:
-            raise ValueError("does not match its checksum")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not whole, or damaged: {STATE_FILE}: {error}") from error
-    there = {path / name: expected for name, expected in files.items() if (path / name).is_file()}
-    found = checksums(file for file, expected in there.items() if isinstance(expected, str))
-    found |= {file: crc32(file) for file, expected in there.items() if isinstance(expected, int)}  # earlier versions'
-    if damaged := [name for name, expected in files.items() if found.get(path / name) != expected]:
-        raise UsageError(f"{path} is damaged: {shorten(damaged)}: missing, or not matching the checksum")
-    if facts["script"] != Path(__file__).name:
-        raise UsageError(f"{path} was written by {facts['script']}, which trains other weights")
-    return facts
-
-
-def find_checkpoint(args: Namespace) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that `--resume_from_checkpoint` names and what it says of itself, or None to start anew.
-
-    Raises:
-        UsageError: if there is none of that name, with those that there are, or if it is damaged.
-    """
-    wanted, checkpoints = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
-    if not wanted:
-        return None
-    if wanted != "latest":
-        for path in (Path(wanted), Path(args.output_dir) / wanted):
-            if (path / STATE_FILE).is_file():
-                return path, read_checkpoint(path)
-        names = ", ".join(path.name for path in checkpoints.values() if (path / STATE_FILE).is_file()) or "none"
-        flag = f"--resume_from_checkpoint is {wanted!r}"
-        raise UsageError(f"{flag}, which is no checkpoint; {args.output_dir} has {names}")
-    for path in reversed(checkpoints.values()):
-        try:
-            return path, read_checkpoint(path)
-        except UsageError as error:
-            logger.warning(f"Passing over a checkpoint: {error}")
-    if checkpoints:
-        raise UsageError("--resume_from_checkpoint=latest: no checkpoint is whole; leave the flag out to start anew")
-    logger.info(f"--resume_from_checkpoint=latest: no checkpoint in {args.output_dir}, so this run starts anew")
-    return None
-
-
-def check_fits(args: Namespace, path: Path, facts: dict[str, Any]) -> None:
-    """See that a checkpoint has the weights and the optimizer's state of this run.
-
-    Raises:
-        UsageError: naming the flags to give as they were.
-    """
-    before, now = facts["args"], settings(args)
-    names = (
-        "train_text_encoder", "use_ema", "optimizer", "use_8bit_adam", "rank", "lora_layers", "use_dora", "full_bf16",
-        "fused_backward_pass",
-    )  # fmt: skip
-    changed = [name for name in names if str(before.get(name)).lower() != str(now.get(name)).lower()]
-    if changed:
-        wanted = ", ".join(f"--{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
-        raise UsageError(f"{path} does not fit this run: {wanted}. Give them as they were, or start anew")
-
-
-def changes_since(args: Namespace, facts: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
-    """How this run differs from the one that wrote a checkpoint, in what changes the training."""
-    before, now = facts["args"] | facts["data"], settings(args) | data
-    free = FREE_TO_CHANGE - (set() if args.lr_scheduler.startswith("constant") else {"max_train_steps"})
-    for name in sorted(before.keys() & now.keys()):
-        if name not in free and before.get(name) != now.get(name):
-            yield f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-
-
-def checkpoint_bytes(trained: Trained) -> int:
-    """About what a checkpoint takes on the disk: float32 weights and the optimizer's state."""
-    states = torch.utils._pytree.tree_leaves(trained.optimizer.state_dict())
-    copies = 1 if trained.ema is None else 2
-    return 2**20 + copies * 4 * trained.size + sum(value.nbytes for value in states if isinstance(value, Tensor))
-
-
-@contextlib.contextmanager
-def writing(args: Namespace, what: str, partial: Path, needed: int) -> Iterator[None]:
-    """Around what writes `what`, of about `needed` bytes, into `partial`: if that fails, nothing of it is left.
-
-    Raises:
-        RunError: with the bytes that it takes and how to go on.
-    """
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # each writer has its own kind of error for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        free, kept = shutil.disk_usage(args.output_dir).free, list_checkpoints(args.output_dir).values()
-        there = ", ".join(path.name for path in kept) or "no checkpoint yet"
-        raise RunError(
-            f"{what} was not written ({error}): it needs about {needed:,} bytes, and {args.output_dir} has {free:,}. "
-            f"There is {there}: make room, then go on with --resume_from_checkpoint=latest"
-        ) from error
-
-
-@contextlib.contextmanager
-def by_product(what: str) -> Iterator[None]:
-    """Around what the training can do without: if it cannot be written, a warning says so and the run goes on."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        logger.warning(f"{what} could not be written: {error}")
-
-
-def finished_settings(args: Namespace) -> dict[str, Any]:
-    """What a finished run was asked for: the flags, but for those that say where."""
-    where = ("output_dir", "logging_dir", "cache_dir", "resume_from_checkpoint", "local_rank")
-    return {name: value for name, value in settings(args).items() if name not in where}
-
-
-def is_finished(args: Namespace) -> bool:
-    """Whether the run that `latest` would go on with is done, all that the flags ask for included."""
-    try:
-        before = json.loads((Path(args.output_dir) / RESULT_FILE).read_text())
-    except (OSError, ValueError):  # a result without its mark may be of another run
-        return False
-    return args.resume_from_checkpoint == "latest" and before == finished_settings(args)
-
-
-def mark_finished(args: Namespace) -> None:
-    """Write the last file of a run, unless a picture that the flags ask for is missing."""
-    if not all((Path(args.output_dir) / name).exists() for name in final_pictures(args)):
-        return
-    partial = Path(args.output_dir) / f".{RESULT_FILE}{PARTIAL}"
-    partial.write_text(json.dumps(finished_settings(args), indent=2) + "\n")
-    replace_path(partial, Path(args.output_dir) / RESULT_FILE)
-
-
-def save_checkpoint(run: Run) -> None:
-    """Write `checkpoint-<step>`: called on all processes, whole or not there, the oldest pruned after."""
-    args, accelerator, state = run.args, run.accelerator, run.state
-    output, needed = Path(args.output_dir), checkpoint_bytes(run.trained)
-    partial = output / f".checkpoint-{state.step}{PARTIAL}"
-    with writing(args, f"checkpoint-{state.step}", partial, needed):
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            if shutil.disk_usage(output).free < needed:
-                raise OSError("not enough space")
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial), exclude_frozen_parameters=True)  # DeepSpeed's word
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return
-        hashes = checksums(path for path in sorted(partial.rglob("*")) if path.is_file())
-        files = {path.relative_to(partial).as_posix(): value for path, value in hashes.items()}
-        facts = {"script": Path(__file__).name, "state": asdict(state), "args": settings(args), "data": run.data.facts}
-        content = {"files": files, "facts": facts, "checksum": zlib.crc32(json.dumps([files, facts]).encode())}
-        (partial / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
-        replace_path(partial, output / f"checkpoint-{state.step}")
-    logger.info(f"Saved checkpoint-{state.step}")
-    if args.checkpoints_total_limit:
-        found = list_checkpoints(output).items()
-        earlier = [path for number, path in found if number < state.step and (path / STATE_FILE).is_file()]
-        for path in earlier[: max(0, len(earlier) + 1 - args.checkpoints_total_limit)]:
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}{PARTIAL}")))  # never a half-deleted checkpoint
-
-
-def unwrap(model: nn.Module) -> Any:
-    """The model under what accelerate put around it for processes and compiling.
-
-    accelerate's own `unwrap_model` imports DeepSpeed wherever it is installed, which takes a second.
-    """
-    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
-        model = inner
-    return model
-
-
-def component_name(model: nn.Module) -> str:
-    """What a pipeline calls an unwrapped model: "transformer" or "text_encoder"."""
-    return "transformer" if isinstance(model, FluxTransformer2DModel) else "text_encoder"
-
-
-def load_weights(model: Any, folder: Path) -> None:
-    """Give an unwrapped model the weights of a checkpoint.
-
-    Raises:
-        UsageError: if the checkpoint has none of this model.
-    """
-    name = component_name(model)
-    pattern = TRANSFORMER_FILES if name == "transformer" else "model{suffix}.safetensors"
-    if not (folder / name).is_dir():
-        raise UsageError(f"{folder} has no {name}/: it is from a run without --train_text_encoder")
-    load_torch_model(model, folder / name, strict=True, filename_pattern=pattern)
-
-
-def register_state_hooks(accelerator: Accelerator) -> None:
-    """Make `save_state` write models in the formats that pipelines load, and `load_state` read them.
-
-    FSDP2 and DeepSpeed write and read their shards of the models beside it.
-    """
-
-    def save_hook(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        for model in models:
-            save_weights(accelerator, model, Path(folder), None)
-        weights.clear()
-
-    def load_hook(models: list[nn.Module], folder: str) -> None:
-        while models:
-            load_weights(unwrap(models.pop()), Path(folder))
-
-    accelerator.register_save_state_pre_hook(save_hook)
-    accelerator.register_load_state_pre_hook(load_hook)
-
-
-def follow_flags(trained: Trained) -> None:
-    """Let the learning rates follow the flags from where the schedule stands: a checkpoint brings its own run's."""
-    schedule, groups = trained.lr_scheduler.scheduler, trained.optimizer.param_groups
-    schedule.base_lrs = [group["initial_lr"] for group in groups]
-    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-    schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
-    for group, lr in zip(groups, schedule._last_lr, strict=True):
-        group["lr"] = lr
-
-
-# ======================================================================================================================
-# 9. Sampling
-# ======================================================================================================================
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG or JPEG that is whole or not there."""
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    picture.save(partial, format="PNG" if path.suffix == ".png" else "JPEG", quality=92)
-    partial.replace(path)
-
-
-def make_sampler(args: Namespace, transformer: nn.Module) -> FluxPipeline:
-    """The pipeline of an unwrapped transformer, which is used as it is, neither cast nor moved."""
-    sampler = FluxPipeline(load_scheduler(args), None, None, None, None, None, transformer)
-    sampler.set_progress_bar_config(disable=True)
-    return sampler
-
-
-@torch.no_grad()
-def draw_pictures(
-    args: Namespace,
-    sampler: FluxPipeline,
-    vae: AutoencoderKL,
-    prompts: list[PromptEmbeds],
-    dtype: torch.dtype,
-    generators: list[torch.Generator],
-    **options: Any,
-) -> list[Image.Image]:
-    """A picture of each prompt from the noise of its generator, at the training's resolution and text length.
-
-    `dtype` is that of the prompts, `options` are the pipeline's.
-    """
-    latents = sampler(
-        prompt_embeds=torch.stack([prompt.prompt_embeds for prompt in prompts]).to(vae.device, dtype),
-        pooled_prompt_embeds=torch.stack([prompt.pooled_prompt_embeds for prompt in prompts]).to(vae.device, dtype),
-        height=args.resolution,
-        width=args.resolution,
-        generator=generators,
-        output_type="latent",
-        **options,
-    ).images
-    return [decode_latents(vae, own[None], args.resolution) for own in latents]
-
-
-def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int) -> None:
-    """Draw the class pictures that are missing, at the training resolution, the processes sharing the work.
-
-    Raises:
-        UsageError: if the machines do not share the folder.
-    """
-    folder = Path(args.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        remove_leftovers(folder)
-    missing = args.num_class_images - len(list_picture_files(folder))
-    free = (number for number in range(2 * args.num_class_images) if not (folder / f"class_{number:05d}.png").exists())
-    numbers = [next(free) for _ in range(missing)]
-    accelerator.wait_for_everyone()  # nobody writes before all have counted
-    mine = numbers[accelerator.process_index :: accelerator.num_processes]
-    default = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
-    dtype = PRECISIONS.get(args.prior_generation_precision, default)
-    encoded = encode_prompts(args, accelerator, [args.class_prompt], dtype)  # frees the encoders: 10 GB of FLUX.1 [dev]
-    if mine:
-        sampler = make_sampler(args, load_frozen_transformer(args, dtype, accelerator.device))
+def prepare_data(
+    args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, pictures: dict[str, list[Picture]]
+) -> TrainingData:
+    """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
+    held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
+    prompts = [*dataset.prompts, *(picture.prompt for picture in held_out), *(args.validation_prompt or [])]
+    prompts = list(dict.fromkeys(prompts))
+    with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
+        encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
+    with stage(args, accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):
         vae = load_vae(args, accelerator)
-        hidden = not accelerator.is_local_main_process or None  # None: where there is no terminal
-        bar = tqdm(total=len(mine), desc="Generating class pictures", disable=hidden)
-        for start in range(0, len(mine), args.sample_batch_size):
-            part = mine[start : start + args.sample_batch_size]
-            noise = [generator_for(seed, "class picture", number) for number in part]
-            prompts = [encoded[args.class_prompt]] * len(part)
-            pictures = draw_pictures(args, sampler, vae, prompts, dtype, noise)
-            for number, picture in zip(part, pictures, strict=True):
-                save_picture(picture, folder / f"class_{number:05d}.png")
-            bar.update(len(part))
-        bar.close()
-    accelerator.wait_for_everyone()
-    if len(list_picture_files(folder)) < args.num_class_images:
-        raise UsageError(
-            f"--class_data_dir is {args.class_data_dir!r}: each machine has drawn a part; share the folder"
-        )
-
-
-def own_share(accelerator: Accelerator, count: int) -> range:
-    """This process's part of `count` forwards; as many on all processes, numbers from `count` on are fillers."""
-    processes = accelerator.num_processes
-    return range(accelerator.process_index, math.ceil(count / processes) * processes, processes)
-
-
-def sample_pictures(
-    args: Namespace,
-    accelerator: Accelerator,
-    transformer: FluxTransformer2DModel,
-    vae: AutoencoderKL,
-    embeds: list[PromptEmbeds],
-    seed: int,
-    numbers: range,
-    desc: str,
-) -> dict[int, Image.Image]:
-    """Draw the pictures of these numbers, `--num_validation_images` of each prompt, from the same noise every time.
-
-    Numbers beyond the last are fillers, which only keep the processes of a sharded model in step.
-    """
-    images, count = args.num_validation_images, args.num_validation_images * len(embeds)
-    options = {
-        "guidance_scale": args.validation_guidance_scale,
-        "num_inference_steps": args.validation_num_inference_steps,
+        config = vae.config
+        validation = encode_validation_pictures(args, accelerator, vae, held_out)
+        if args.cache_latents:
+            cache_latents(accelerator, vae, dataset)
+            vae = vae.to("cpu") if args.validation_prompt else None
+    metadata = {
+        "processes": accelerator.num_processes,
+        "engine": engine_name(accelerator),
+        "precision": accelerator.mixed_precision,
+        "training pictures": fingerprint(dataset.sources),
+        "validation pictures": fingerprint({str(training_sizes(args)): held_out}),
     }
-    dtype, was_training = torch.float32 if transformer.training else transformer.dtype, transformer.training
-    sampler, pictures = make_sampler(args, transformer.eval()), {}
-    for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
-        prompt, noise = embeds[number % count // images], generator_for(seed, "validation", number % images)
-        [picture] = draw_pictures(args, sampler, vae, [prompt], dtype, [noise], **options)
-        if number < count:
-            pictures[number] = picture
-    transformer.train(was_training)
-    return pictures
-
-
-def log_pictures(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
-    """Send pictures to the trackers that take them."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images(
-                {name: np.stack([np.asarray(picture) for picture in pictures])}, step, dataformats="NHWC"
-            )
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({name: pictures}, step)
+    factors, scheduler_config = (config.shift_factor, config.scaling_factor), load_scheduler(args).config
+    return TrainingData(dataset, encoded, vae, *factors, validation, metadata, scheduler_config)
 
 
 @torch.no_grad()
@@ -2122,724 +2011,53 @@ def embed_prompt(accelerator: Accelerator, text_encoder: nn.Module | None, embed
     return embeds._replace(pooled_prompt_embeds=pooled[0].cpu())
 
 
-def draw_contact_sheet(args: Namespace, step: int) -> Image.Image:
-    """The validation pictures up to `step` on one sheet: steps down, prompts across; long runs thinned evenly."""
-    cells = list_validation_pictures(Path(args.output_dir))
-    steps = sorted({at for at, _ in cells if at <= step})
-    rows = sorted({steps[round(row * (len(steps) - 1) / (SHEET_ROWS - 1))] for row in range(SHEET_ROWS)})
-    prompts, font, label, header = validation_prompts(args), ImageFont.load_default(16), 64, 48
-    columns = len(prompts) * args.num_validation_images
-    sheet = Image.new("RGB", (label + columns * SHEET_CELL, header + len(rows) * SHEET_CELL), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column in range(columns):
-        title = textwrap.fill(prompts[column // args.num_validation_images], 30, max_lines=2, placeholder=" …")
-        draw.text((label + column * SHEET_CELL + 4, 4), title, "black", font)
-    for row, at in enumerate(rows):
-        draw.text((label - 8, header + (row + 0.5) * SHEET_CELL), str(at), "black", font, anchor="rm")
-        for column in range(columns):
-            if (at, column) in cells:
-                with Image.open(cells[at, column]) as picture:
-                    cell = ImageOps.contain(picture, (SHEET_CELL - 4, SHEET_CELL - 4))
-                sheet.paste(cell, (label + column * SHEET_CELL + 2, header + row * SHEET_CELL + 2))
-    return sheet
-
-
-def draw_validation_pictures(run: Run) -> None:
-    """Draw pictures from the live model, into `output_dir/validation`, the contact sheet and the trackers."""
-    args, accelerator, data, state = run.args, run.accelerator, run.data, run.state
-    prompts = [data.prompts[prompt] for prompt in validation_prompts(args)]
-    embeds = [embed_prompt(accelerator, run.trained.text_encoder, prompt) for prompt in prompts]
-    transformer, vae = unwrap(run.trained.transformer), data.vae.to(accelerator.device)
-    numbers = own_share(accelerator, args.num_validation_images * len(embeds))
-    mine = sample_pictures(args, accelerator, transformer, vae, embeds, state.seed, numbers, "Validation")
-    pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
-    if data.dataset.cached is not None:  # the training does not need it in between
-        vae.to("cpu")
-    if accelerator.is_main_process:
-        folder = Path(args.output_dir) / "validation"
-        with by_product("The validation pictures"):
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder)
-            for number, picture in enumerate(pictures):
-                save_picture(picture, folder / f"step_{state.step:06d}_{number}.png")
-            save_picture(draw_contact_sheet(args, state.step), Path(args.output_dir) / SHEET_FILE)
-        log_pictures(accelerator, "validation", pictures, state.step)
-    accelerator.wait_for_everyone()
-
-
 @torch.no_grad()
 def encode_validation_pictures(
     args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, pictures: list[Picture]
 ) -> list[tuple[str, Tensor]]:
     """Prompt and latents (1, C, H, W) of each picture: centre crop, mean of the posterior, nothing random."""
-    encoded = {}
+    encoded, sizes = {}, training_sizes(args)
     for number in range(accelerator.process_index, len(pictures), accelerator.num_processes):
-        size = nearest_size(pictures[number].size, training_sizes(args))
-        _, pixels = see(args, pictures[number], size, None)
+        image = pictures[number].read()
+        crop = draw_crop(image.size, nearest_size(image.size, sizes), args, None)
+        pixels = to_pixels(crop_picture(image, crop, args.image_interpolation_mode))
         mean = encode_pixels(vae, pixels[None]).mean.cpu()
-        latents = (mean - vae.config.shift_factor) * vae.config.scaling_factor
-        encoded[number] = (pictures[number].prompt, latents)
+        encoded[number] = (pictures[number].prompt, (mean - vae.config.shift_factor) * vae.config.scaling_factor)
     return [encoded for _, encoded in sorted(gather_dicts(encoded).items())]
 
 
-@torch.no_grad()
-def validation_loss(run: Run) -> float:
-    """Mean flow-matching loss of the validation pictures at fixed, equally spaced sigmas and fixed noise.
-
-    Unlike the training loss, whose sigmas and noise are drawn anew, it compares from step to step and run to run.
-    """
-    accelerator, data = run.accelerator, run.data
-    transformer, device = unwrap(run.trained.transformer), accelerator.device
-    guidance = make_guidance(transformer, run.args.guidance_scale, 1, device)
-    total, weights = torch.zeros((), device=device), torch.ones(1, device=device)
-    transformer.eval()
-    count = len(data.validation)
-    for number in own_share(accelerator, count):
-        prompt, latents = data.validation[number % count]
-        embeds = embed_prompt(accelerator, run.trained.text_encoder, data.prompts[prompt])
-        text, pooled = embeds.prompt_embeds[None].to(device), embeds.pooled_prompt_embeds[None].to(device)
-        for level in range(VALIDATION_SIGMAS):
-            sigmas = torch.full((1,), (level + 0.5) / VALIDATION_SIGMAS, device=device)
-            noise = draw_normal(latents.shape[1:], 0, "validation", [(number, level)]).to(device)
-            loss = training_loss(transformer, latents.to(device), noise, sigmas, text, pooled, guidance, weights)
-            total += loss * (number < count)
-    transformer.train()
-    return accelerator.reduce(total, reduction="sum").item() / (count * VALIDATION_SIGMAS)
+def fingerprint(pictures: dict[str, list[Picture]]) -> str:
+    """How many pictures there are, and the CRC-32 of what is known of them."""
+    known = {source: [(one.name, one.prompt, one.digest) for one in part] for source, part in pictures.items()}
+    return f"{sum(map(len, pictures.values()))} ({zlib.crc32(json.dumps(known).encode()):08x})"
 
 
-def log_validation_loss(run: Run) -> None:
-    """Compute and log the validation loss, also relative to that of the untrained model where that was computed."""
-    loss, state = validation_loss(run), run.state
-    values, text = {"validation_loss": loss}, f"Validation loss at step {state.step}: {loss:.5f}"
-    if state.step == 0:
-        state.untrained_loss = loss
-    if state.untrained_loss is not None:
-        values["validation_loss_relative"] = loss / state.untrained_loss
-        text += f", {values['validation_loss_relative']:.4f} of the untrained model's"
-    logger.info(text)
-    run.accelerator.log(values, step=state.step)
+def start_state(args: Namespace, resumed: Checkpoint | None) -> RunState:
+    """Where the run starts: at the checkpoint, or at step 0 with `--seed` or a seed that is drawn."""
+    if resumed is not None:
+        known = {field.name for field in fields(RunState)}
+        state = RunState(**{name: value for name, value in resumed[1]["state"].items() if name in known})
+        if args.seed not in (None, state.seed):
+            logger.warning(f"--seed={args.seed} has no effect: the run goes on with the checkpoint's {state.seed}")
+        return state
+    if args.seed is not None:
+        return RunState(0, args.seed)
+    seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
+    logger.info(f"No --seed: drew {seed}")
+    return RunState(0, seed)
 
 
-# ======================================================================================================================
-# 10. Results (plumbing)
-# ======================================================================================================================
-
-
-def whole_weights(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The trained weights by name, in `dtype` or as trained, on the CPU of the main process; nothing on the others.
-
-    Called on all processes: what is sharded is gathered tensor by tensor.
-    """
-    weights = {}
-    for name, parameter in unwrap(model).named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            from deepspeed.utils import safe_get_full_fp32_param  # optional
-
-            whole = safe_get_full_fp32_param(parameter)
-        else:
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # FSDP2's
-        if accelerator.is_main_process:
-            weights[name] = whole.detach().to("cpu", dtype)
-    return weights
-
-
-def save_weights(accelerator: Accelerator, model: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write a model's weights in `dtype` and its config into `folder/<component>`; called on all processes."""
-    state, unwrapped = whole_weights(accelerator, model, dtype), unwrap(model)
-    if not accelerator.is_main_process:
-        return
-    name = component_name(unwrapped)
-    if name == "transformer":
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(state, folder / name, filename_pattern=TRANSFORMER_FILES, max_shard_size="10GB")
-        unwrapped.save_config(folder / name)
-    else:
-        unwrapped.save_pretrained(folder / name, state_dict=state)
-
-
-def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dtype: torch.dtype) -> None:
-    """Write the whole pipeline, what was trained in `dtype`, into the output folder; called on all processes."""
-    output, partial = Path(args.output_dir), Path(args.output_dir) / f".results{PARTIAL}"
-    for model in trained.models:
-        save_weights(accelerator, model, partial, dtype)
-    if accelerator.is_main_process:
-        written = [path.name for path in partial.iterdir()]
-        t5 = from_base(T5EncoderModel, args, subfolder="text_encoder_2", dtype="auto")  # as in its file
-        rest = from_base(FluxPipeline, args, text_encoder_2=t5, dtype=dtype, **dict.fromkeys(written))
-        rest.save_pretrained(partial)
-        index = json.loads((partial / "model_index.json").read_text())
-        index |= {name: FluxPipeline.load_config(args.pretrained_model_name_or_path, **hub_options(args))[name]
-                  for name in written}  # fmt: skip
-        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        clip = partial / "text_encoder" / "model.safetensors"
-        # transformers 4 would take other names for no weights, and draw with random ones; transformers 5 takes both.
-        renamed = {f"text_model.{key.removeprefix('text_model.')}": value
-                   for key, value in load(clip.read_bytes()).items()}  # fmt: skip
-        save_file(renamed, clip, {"format": "pt"})
-        if args.save_single_file:
-            shards = [load_file(path) for path in sorted((partial / "transformer").glob("*.safetensors"))]
-            whole = {name: weight.bfloat16() for shard in shards for name, weight in shard.items()}
-            save_file(whole, partial / SINGLE_FILE, {"format": "pt"})
-        for path in partial.iterdir():
-            replace_path(path, output / path.name)
-        partial.rmdir()
-    accelerator.wait_for_everyone()
-
-
-def load_results(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxPipeline:
-    """The pipeline that was saved, as a user would load it, but for T5, whose embeddings are at hand."""
-    return FluxPipeline.from_pretrained(args.output_dir, text_encoder_2=None, tokenizer_2=None, dtype=dtype)
-
-
-def draw_final_pictures(
-    args: Namespace, accelerator: Accelerator, prompts: list[PromptEmbeds], state: RunState, dtype: torch.dtype
-) -> None:
-    """Draw pictures from what was saved, which proves the files; `image_<n>.png` and the trackers."""
-    mine: dict[int, Image.Image] = {}
-    # The first machine's processes share the work: another may not see what was saved.
-    count, processes = args.num_validation_images * len(prompts), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    numbers = range(count)[accelerator.process_index :: processes]
-    if accelerator.process_index == accelerator.local_process_index and numbers:
-        pipeline = load_results(args, dtype, accelerator.device).to(accelerator.device)
-        text_encoder = pipeline.text_encoder if args.train_text_encoder else None
-        embeds = [embed_prompt(accelerator, text_encoder, prompt) for prompt in prompts]
-        # In float16 the VAE's activations overflow.
-        models = (pipeline.transformer.eval(), pipeline.vae.float() if dtype == torch.float16 else pipeline.vae)
-        mine = sample_pictures(args, accelerator, *models, embeds, state.seed, numbers, "Final pictures")
-    pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
-    if accelerator.is_main_process:
-        with by_product("The final pictures"):
-            for number, picture in enumerate(pictures):
-                save_picture(picture, Path(args.output_dir) / f"image_{number}.png")
-        log_pictures(accelerator, "test", pictures, state.step)
-    accelerator.wait_for_everyone()
-
-
-def loading_code(args: Namespace, source: str, base: str) -> str:
-    """Python that loads what was trained from `source`, a folder or a repository, and draws a picture with it.
-
-    A LoRA needs its `base`, which the full script's result brings along.
-    """
-    load = f'{as_text(source)}, torch_dtype=torch.bfloat16).to("cuda")'
-    prompt = (validation_prompts(args) or [args.instance_prompt or "a prompt like the captions"])[0]
-    return (
-        f"import torch\nfrom diffusers import FluxPipeline\n\npipeline = FluxPipeline.from_pretrained({load}\n"
-        f"image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]\n"
-        'image.save("image.png")'
-    )
-
-
-def as_text(value: str) -> str:
-    """A string as Python and JSON write it, in double quotes."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def as_code(value: Any) -> str:
-    """A value as code in a line of Markdown, or in a cell of its tables."""
-    text = str(value).replace("|", "\\|").replace("\n", " ")
-    return f"`` {text} ``" if "`" in text else f"`{text}`"
-
-
-def final_pictures(args: Namespace) -> dict[str, str]:
-    """The files of the final pictures, and the prompt of each."""
-    prompts = [] if args.skip_final_inference else validation_prompts(args)
-    repeated = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
-    return {f"image_{number}.png": prompt for number, prompt in enumerate(repeated)}
-
-
-def draw_loss_curve(losses: list[float]) -> Image.Image:
-    """The loss of each step, pale, and the mean of the last twentieth of the run up to it, dark."""
-    values, count, (width, height, left, foot) = np.array(losses), len(losses), (720, 260, 72, 28)
-    ends, window = np.arange(1, count + 1), max(1, count // 20)
-    means = np.array([values[max(0, end - window) : end].mean() for end in ends])
-    low, high = values.min(), max(values.max(), values.min() + 1e-9)
-    picture, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(14)
-    draw = ImageDraw.Draw(picture)
-    x = left + (width - left - 12) * (ends - 1) / max(1, count - 1)
-    for curve, colour, thickness in ((values, "#b8cce4", 1), (means, "#1f4e9c", 3)):
-        y = 12 + (height - foot - 12) * (high - curve) / (high - low)
-        draw.line(list(zip(x.tolist(), y.tolist(), strict=True)), colour, thickness)
-    draw.text((left - 8, 16), f"{high:.3g}", "black", font, anchor="rm")
-    draw.text((left - 8, height - foot), f"{low:.3g}", "black", font, anchor="rm")
-    draw.text((left, height - 4), f"loss, from step 1 to step {count}", "black", font, anchor="ls")
-    return picture
-
-
-def card_metadata(args: Namespace) -> ModelCardData:
-    """What the Hub reads of a model card: base model, licence, trigger words, gallery."""
-    base = args.pretrained_model_name_or_path
-    return ModelCardData(
-        base_model=None if Path(base).exists() else base,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        license="other",
-        license_name="flux-1-dev-non-commercial-license",
-        license_link="https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
-        instance_prompt=args.instance_prompt,
-        widget=[{"text": prompt, "output": {"url": name}} for name, prompt in final_pictures(args).items()],
-        tags=["text-to-image", "diffusers", "diffusers-training", "flux", "flux-diffusers", "dreambooth", *TAGS],
-    )
-
-
-def describe_training(
-    args: Namespace, accelerator: Accelerator, pictures: dict[str, list[Picture]], state: RunState
-) -> dict[str, Any]:
-    """What was trained on, for how long and on what; then every flag that differs from its default."""
-    read = getattr(torch.get_device_module(accelerator.device), "get_device_name", None)
-    device = read(accelerator.device) if read else accelerator.device.type.upper()
-    captions = len({picture.prompt for picture in pictures["instance"]})
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    base, frozen = getattr(args, "base_quantization", ""), str(weight_dtype(accelerator)).removeprefix("torch.")
-    rows = {
-        "pictures of the subject": f"{len(pictures['instance'])} ({captions} prompts)",
-        "pictures of the class": args.num_class_images if args.with_prior_preservation else None,
-        "held-out pictures": len(pictures.get("validation", [])),
-        "steps": f"{state.step}, of {per_step} pictures each",
-        "time of the steps": tqdm.format_interval(state.seconds),
-        "mixed precision": accelerator.mixed_precision,
-        "frozen base": frozen if base == "none" else base,
-        "hardware": f"{accelerator.num_processes} x {device}",
-        "seed": state.seed,
-        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
-    }
-    parser = make_parser()
-    for name, value in sorted(settings(args).items()):
-        if name != "output_dir" and value != parser.get_default(name):
-            path = name.endswith(("_dir", "_path", "_checkpoint"))
-            rows[f"`--{name}`"] = as_code(Path(value).name if path and Path(value).is_absolute() else value)  # no home
-    return {name: value for name, value in rows.items() if value}
-
-
-def write_model_card(args: Namespace, repo_id: str, rows: dict[str, Any], state: RunState) -> None:
-    """Write README.md for the Hub: gallery, trigger words, code that loads the result, settings, curve, licence."""
-    output, base = Path(args.output_dir), args.pretrained_model_name_or_path
-    link = f"`{Path(base).name}`" if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
-    sheet = f"![steps down, prompts across]({SHEET_FILE})" if (output / SHEET_FILE).exists() else ""
-    save_picture(draw_loss_curve(state.losses), output / CURVE_FILE)
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    trigger = as_code(args.instance_prompt) if args.instance_prompt else "the words of the captions"
-    body = f"""# {repo_id.split("/")[-1]}
-
-A DreamBooth {KIND} of {link}, trained for {state.step} steps at {args.resolution} px.
-{"CLIP was trained too" if args.train_text_encoder else "The text encoders were not trained"}.
-
-{"<Gallery />" if final_pictures(args) else ""}
-
-## Trigger words
-
-Use {trigger} in the prompt.
-
-## Use it
-
-```python
-{loading_code(args, repo_id, Path(base).name if Path(base).exists() else base)}
-```
-
-## Training
-
-{sheet}
-
-![loss of each step, and its running mean]({CURVE_FILE})
-
-| what | value |
-|---|---|
-{table}
-
-All other flags had their defaults.
-
-## Licence
-
-FLUX.1 [dev]'s: [non-commercial](https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md).
-"""
-    partial = output / f".README.md{PARTIAL}"
-    ModelCard(f"---\n{card_metadata(args).to_yaml()}\n---\n\n{body}").save(partial)
-    replace_path(partial, output / "README.md")
-
-
-def closing_summary(args: Namespace, state: RunState) -> str:
-    """What a finished run says: where everything is, and the code that uses the result."""
-    output = Path(args.output_dir)
-    patterns = {
-        "result": "model_index.json",
-        "pictures": "image_*.png", "on the way": SHEET_FILE, "model card": "README.md", "losses": CURVE_FILE,
-        "checkpoints": "checkpoint-*",
-    }  # fmt: skip
-    lines = [f"Done: {state.step} steps in {tqdm.format_interval(state.seconds)}; the result is in {args.output_dir}"]
-    for what, pattern in patterns.items():
-        if paths := sorted(output.glob(pattern), key=lambda path: (len(path.name), path.name)):
-            lines.append(f"  {what:<12} {paths[0]}" + (f" ... {paths[-1].name}" if len(paths) > 1 else ""))
-    if (output / args.logging_dir).is_dir():
-        lines.append(f"  {'curves':<12} {output / args.logging_dir}")
-    code = loading_code(args, args.output_dir, args.pretrained_model_name_or_path).replace("\n", "\n    ")
-    return "\n".join([*lines, "  To use it:", f"    {code}"])
-
-
-def create_repository(args: Namespace) -> str:
-    """Make the Hub's repository if need be, before anything expensive; returns its full name.
-
-    Raises:
-        UsageError: if the Hub refuses the token or the name, or cannot be reached.
-    """
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
+    """Begin what `--report_to` names, with all settings."""
+    config = {name: "" if value is None else value for name, value in settings(args).items()}
+    config = {name: json.dumps(value) if isinstance(value, list) else value for name, value in config.items()}
     try:
-        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
-    except Exception as error:  # whatever it is, the push would fail after hours
+        accelerator.init_trackers(PROJECT, config=config)
+    except Exception as error:  # each tracker has its own kinds
         raise UsageError(
-            f"--push_to_hub: the Hub refused the repository {name!r}: {error}\n"
-            "  log in with `hf auth login`, give --hub_token or --hub_model_id, or leave --push_to_hub out"
+            f"--report_to={args.report_to} does not start: {error}. For wandb: `wandb login`, or WANDB_MODE=offline; "
+            "or give --report_to=tensorboard or none"
         ) from error
-
-
-def push_to_hub(args: Namespace, repo_id: str) -> None:
-    """Upload the result, the card and its pictures: no checkpoints, no logs."""
-    pushed = [*RESULTS, SHEET_FILE]
-    try:
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=pushed, commit_message="End of training"
-        )
-    except Exception as error:  # whatever it is, the result must not be lost with it
-        include = " ".join(f"--include={shlex.quote(pattern)}" for pattern in pushed)
-        raise RunError(
-            f"the upload to {repo_id} failed ({error}). The result is whole in {args.output_dir}; to push again: "
-            f"hf upload {repo_id} {shlex.quote(args.output_dir)} . {include}"
-        ) from error
-    logger.info(f"Uploaded the result to {repo_id}")
-
-
-# ======================================================================================================================
-# 11. Training
-# ======================================================================================================================
-
-
-STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-
-
-def launcher_is_gone() -> bool:
-    """Whether the process that launched this one has ended; False without a launcher."""
-    return LAUNCHER is not None and (psutil.Process().ppid() != LAUNCHER.pid or not LAUNCHER.is_running())
-
-
-class StopSignals:
-    """Remembers a signal that asks to stop, so that the step can end and a checkpoint be written.
-
-    SIGTERM, SIGINT, SIGUSR1 (a cluster's warning) and SIGHUP (a closed terminal) count, and so does a launcher that
-    has gone away. A second SIGINT ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> "StopSignals":
-        wanted = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.previous = {number: signal.signal(number, self.remember) for number in wanted}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def remember(self, number: int, _: object) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            os._exit(128 + number)
-        self.received = signal.Signals(number)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            with contextlib.suppress(OSError):  # the terminal may be what has gone
-                again = "; a second ^C does not wait" if number == signal.SIGINT else ""
-                os.write(2, f"\n{self.received.name}: stopping once this step is saved{again}\n".encode())
-
-    def pending(self) -> int:
-        """The number of the signal that asks to stop, or 0."""
-        if self.received is None and launcher_is_gone():
-            self.received = signal.SIGTERM
-        return 0 if self.received is None else int(self.received)
-
-
-def ignore_signals(_: int) -> None:
-    """In the processes that load pictures: the training decides when they end."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Highest use so far in GiB: of the device since the stage began, where it can say, and of this process."""
-    try:
-        import resource  # not on Windows; psutil knows the peak only there
-
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    except ImportError:
-        memory = psutil.Process().memory_info()
-        host = getattr(memory, "peak_wset", memory.rss)
-    peak = {"peak_host_memory": host / GIB}
-    read = getattr(torch.get_device_module(device), "memory_stats", None)
-    # Active, not allocated: what a stream still reads has been given back by name only.
-    return peak if read is None else peak | {"peak_device_memory": read(device).get("active_bytes.all.peak", 0) / GIB}
-
-
-def memory_advice(args: Namespace) -> str:
-    """The flags that would save memory and are not in use, those that cost least first."""
-    flags = {
-        "--gradient_checkpointing": not args.gradient_checkpointing,
-        "--cache_latents": not args.cache_latents,
-        "--train_batch_size=1 with --gradient_accumulation_steps": args.train_batch_size > 1,
-        "--mixed_precision=bf16": args.mixed_precision not in ("bf16", "fp16"),
-        "--use_8bit_adam": args.optimizer.lower() == "adamw" and not args.use_8bit_adam,
-        "--full_bf16": not args.full_bf16,
-        "--fused_backward_pass": not args.fused_backward_pass,
-        "--optimizer=adafactor": args.optimizer.lower() != "adafactor",
-        "--sample_batch_size=1": args.with_prior_preservation and args.sample_batch_size > 1,
-        "a smaller --resolution": args.resolution > 512,
-    }
-    return ", ".join(flag for flag, helps in flags.items() if helps) or "a smaller --resolution"
-
-
-@contextlib.contextmanager
-def stage(args: Namespace, accelerator: Accelerator, name: str) -> Iterator[None]:
-    """Announce a stage; when it ends, return freed memory to the device and log time and peak memory.
-
-    Raises:
-        RunError: if memory runs out in it, with what was in use and which flags would help.
-    """
-    gc.collect()  # wrapped models are cycles: the last stage's would stand beside what this one loads
-    logger.info(name)
-    reset = getattr(torch.get_device_module(accelerator.device), "reset_peak_memory_stats", None)
-    if reset is not None:
-        reset(accelerator.device)
-    start = time.perf_counter()
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        used = ", ".join(f"{key} {value:.2f} GiB" for key, value in peak_memory(accelerator.device).items())
-        reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        advice = memory_advice(args)
-        raise RunError(f"out of memory while: {name} ({used}; {reason}). Try, in order: {advice}") from error
-    clear_device_cache(garbage_collection=True)
-    memory = peak_memory(accelerator.device).items()
-    peak = ", ".join(f"{key.replace('_', ' ')} {value:.2f} GiB" for key, value in memory)
-    logger.info(f"{name}: {time.perf_counter() - start:.1f} s, {peak}")
-
-
-def draw_normal(shape: torch.Size, seed: int, purpose: str, places: list[tuple]) -> Tensor:
-    """Standard normal noise of `shape` for each of B places in the run: (B, *shape)."""
-    return torch.stack([torch.randn(shape, generator=generator_for(seed, purpose, *place)) for place in places])
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a copy from page-locked memory does not wait for what the device is busy with."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> dict[str, Any]:
-    """Turn a micro-batch into the tensors of `training_loss`, on the device; a CLIP that is trained gets token ids."""
-    args, data, seed = run.args, run.data, run.state.seed
-    move, keys = functools.partial(to_device, device=run.accelerator.device), batch["keys"]
-    halves = ("instance", "class")[: len(batch["prompts"]) // len(keys)]
-    places = [(half, key.epoch, key.position) for half in halves for key in keys]
-    if "latents" in batch:
-        distribution = LatentDistribution(*map(move, batch["latents"]))
-    else:
-        distribution = encode_pixels(data.vae, move(batch["pixels"]))
-    shape = distribution.mean.shape[1:]
-    generators = [generator_for(seed, "sigma", *place) for place in places]
-    shift = flow_shift(args.flow_shift, shape[-2] // 2 * (shape[-1] // 2), data.scheduler_config)
-    scheme = (args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale, shift)
-    embeds = [data.prompts[prompt] for prompt in batch["prompts"]]
-    pooled = "pooled_prompt_embeds" if run.trained.text_encoder is None else "clip_ids"
-    transformer = unwrap(run.trained.transformer)
-    return {
-        "latents": sample_latents(
-            distribution, move(draw_normal(shape, seed, "posterior", places)), data.shift_factor, data.scaling_factor
-        ),
-        "noise": move(draw_normal(shape, seed, "noise", places)),
-        "sigmas": move(sample_sigmas(generators, sigma_table, *scheme)),
-        "prompt_embeds": torch.stack([move(embed.prompt_embeds) for embed in embeds]),
-        "pooled_prompt_embeds": torch.stack([move(getattr(embed, pooled)) for embed in embeds]),
-        "guidance": make_guidance(transformer, args.guidance_scale, len(embeds), run.accelerator.device),
-        "weights": move(batch["weights"]),
-        "weighting_scheme": args.weighting_scheme,
-        "prior_loss_weight": args.prior_loss_weight,
-    }
-
-
-def backward(run: Run, loss: Tensor) -> None:
-    """The backward pass of a micro-batch; its `weights` make the mean over the step, and accelerate divides by both.
-
-    Raises:
-        RunError: with `--fused_backward_pass`, if the loss is not finite, before it reaches a weight.
-    """
-    if run.args.fused_backward_pass:
-        check_finite(run, run.accelerator.reduce(loss.detach(), reduction="sum").item(), 0.0)
-    run.accelerator.backward(loss * run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes)
-
-
-def clip_gradients(run: Run) -> Tensor | None:
-    """Clip the norm of all gradients to `--max_grad_norm`, unless the backward pass clipped; returns what it was."""
-    if run.args.fused_backward_pass:
-        return run.trained.optimizer.optimizer.take_norm()  # type: ignore[attr-defined]
-    return run.accelerator.clip_grad_norm_(run.trained.parameters, run.args.max_grad_norm or math.inf)
-
-
-@contextlib.contextmanager
-def accumulate(accelerator: Accelerator, models: list[nn.Module], last: bool) -> Iterator[None]:
-    """Gradients are shared between processes, and the optimizer may step, only in the `last` micro-batch of a step.
-
-    What is sharded is shared in each micro-batch: else a process would hold the whole gradient in between, 44 GiB.
-    """
-    accelerator.sync_gradients = last
-    with contextlib.ExitStack() as stack:
-        if not (last or is_sharded(accelerator)):
-            for model in models:
-                stack.enter_context(accelerator.no_sync(model))
-        yield
-
-
-def check_finite(run: Run, loss: float, norm: float) -> None:
-    """See that a loss and the norm of its gradient are numbers.
-
-    Raises:
-        RunError: if not, before a checkpoint is written.
-    """
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RunError(
-            f"the loss is {loss} at step {run.state.step}, its gradient's norm {norm}. Likely causes: --learning_rate "
-            "too high, an fp16 overflow, or broken weights. Checkpoints written so far are good: resume from the last "
-            "one with other flags"
-        )
-
-
-def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) -> dict[str, float]:
-    """Log what an optimizer step did: `loss` is its mean over micro-batches and processes."""
-    check_finite(run, loss, 0.0 if grad_norm is None or run.accelerator.scaler else float(grad_norm))  # fp16 skips it
-    values = {"loss": loss, "lr": run.trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
-    if grad_norm is not None:
-        values["grad_norm"] = float(grad_norm)
-    group = run.trained.optimizer.param_groups[0]
-    if "d" in group:  # Prodigy's estimate of the step size
-        values["prodigy_d"] = float(group["d"])
-    values |= peak_memory(run.accelerator.device)
-    run.state.losses.append(loss)
-    run.state.seconds += seconds
-    run.accelerator.log(values, step=run.state.step)
-    return values
-
-
-class Progress:
-    """The line by which a training is watched: redrawn on a terminal; in a log file, a new one every LOG_SECONDS."""
-
-    def __init__(self, run: Run, schedule: MicroBatches) -> None:
-        self.state, self.schedule, self.told = run.state, schedule, -math.inf
-        self.recent: deque[dict[str, float]] = deque(maxlen=SMOOTHED_STEPS)
-        hidden = not run.accelerator.is_local_main_process or None  # None: where there is no terminal
-        form, last = "{percentage:3.0f}%|{bar:10}| {desc}", schedule.last_step
-        self.bar = tqdm(initial=run.state.step, total=last, bar_format=form, dynamic_ncols=True, disable=hidden)
-
-    def update(self, values: dict[str, float]) -> None:
-        """Show what `log_step` returned for a step; loss and seconds are means of the last SMOOTHED_STEPS."""
-        self.recent.append(values)
-        loss, seconds = (sum(past[name] for past in self.recent) / len(self.recent) for name in ("loss", "step_time"))
-        step, last = self.state.step, self.schedule.last_step
-        text = (
-            f"step {step}/{last}, {tqdm.format_interval(seconds * (last - step))} left, "
-            f"epoch {math.ceil(step / self.schedule.steps_per_epoch)}, loss {loss:.4f}, lr {values['lr']:.2g}, "
-            f"{seconds:.2f} s/step, {values.get('peak_device_memory', values['peak_host_memory']):.1f} GiB"
-        )
-        self.bar.set_description_str(text, refresh=False)
-        with contextlib.suppress(OSError):  # a terminal that has gone
-            self.bar.update()
-        if self.bar.disable and (step == last or time.monotonic() - self.told >= LOG_SECONDS):
-            logger.info(text)
-            self.told = time.monotonic()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.bar.close()
-
-
-def stop_run(run: Run, number: int, saved: str) -> None:
-    """Leave after `saved` was written because of signal `number`, which another process may have got."""
-    step = run.state.step
-    number = max(gather_object([number]))
-    logger.warning(
-        f"Stopped by {signal.Signals(number).name} at step {step}; {saved} is saved. "
-        "To go on: the same command with --resume_from_checkpoint=latest"
-    )
-    run.accelerator.end_training()
-    if launcher_is_gone():  # with it went torch's store, which the process may wait for at its end
-        sys.stdout.flush()
-        os._exit(128 + number)
-    raise SystemExit(128 + number)
-
-
-def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
-    """The loop: from `state.step` to `schedule.last_step`, with validation and checkpoints on the way."""
-    args, accelerator, trained, state = run.args, run.accelerator, run.trained, run.state
-    loader = DataLoader(
-        run.data.dataset,
-        batch_sampler=schedule,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        generator=generator_for(state.seed, "loader"),
-        worker_init_fn=ignore_signals,
-    )
-    sigma_table = load_scheduler(args).sigmas
-    start, total = time.perf_counter(), torch.zeros(2, device=accelerator.device)  # loss, and who wants to stop
-    progress = Progress(run, schedule)
-    batches = ((batch["keys"][0], prepare_inputs(run, batch, sigma_table)) for batch in loader)
-    upcoming = next(batches, None)
-    while upcoming is not None:
-        key, inputs = upcoming
-        with accumulate(accelerator, trained.models, key.last):
-            # What still draws from the global generator, dropout, is repeatable too.
-            torch.manual_seed(generator_for(state.seed, "dropout", key.epoch, key.position).initial_seed())
-            if trained.text_encoder is not None:
-                inputs["pooled_prompt_embeds"] = pool_with_clip(trained.text_encoder, inputs["pooled_prompt_embeds"])
-            loss = training_loss(trained.transformer, **inputs)
-            backward(run, loss)
-            total[0] += loss.detach()
-        if not key.last:
-            upcoming = next(batches, None)
-            continue
-        grad_norm = clip_gradients(run)
-        trained.optimizer.step()
-        trained.lr_scheduler.step()
-        trained.optimizer.zero_grad()
-        if trained.ema is not None:
-            trained.ema.step(trained.parameters)
-        state.step += 1
-        upcoming = next(batches, None)  # reading the loss waits for the device: the next inputs are made before
-        total[1] = signals.pending()
-        step_loss, stop = accelerator.reduce(total, reduction="sum").tolist()
-        values = log_step(run, step_loss, grad_norm, time.perf_counter() - start)
-        progress.update(values)
-        due = is_validation_due(args, state.step, schedule)
-        state.owes_validation = due and stop > 0
-        if stop or state.step % args.checkpointing_steps == 0:
-            save_checkpoint(run)
-        if stop:
-            progress.close()
-            stop_run(run, signals.pending(), f"checkpoint-{state.step}")
-        if due:
-            validate(run)
-        total.zero_()
-        start = time.perf_counter()
-    progress.close()
-
-
-def is_validation_due(args: Namespace, step: int, schedule: MicroBatches) -> bool:
-    """Whether validation follows this step, as `--validation_steps` and `--validation_epochs` say."""
-    epoch, left = divmod(step, schedule.steps_per_epoch)
-    at_epoch = left == 0 and (epoch - 1) % args.validation_epochs == 0
-    return at_epoch or bool(args.validation_steps and step % args.validation_steps == 0)
-
-
-def validate(run: Run) -> None:
-    """What `--validation_loss` and `--validation_prompt` ask for, from the live model or the average of its weights."""
-    with run.trained.averaged():
-        if run.args.validation_loss:
-            log_validation_loss(run)
-        if validation_prompts(run.args) and (run.state.step > 0 or run.args.validation_steps):
-            draw_validation_pictures(run)
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
@@ -2883,6 +2101,11 @@ def make_accelerator(args: Namespace) -> Accelerator:
     return accelerator
 
 
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision of what is frozen, by what accelerate resolved from flag, environment and configuration."""
+    return PRECISIONS[accelerator.mixed_precision]
+
+
 def engine_name(accelerator: Accelerator) -> str:
     """In which form a checkpoint holds the optimizer's state: a run on one process and DDP's have the same."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -2890,21 +2113,17 @@ def engine_name(accelerator: Accelerator) -> str:
     return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else "DDP"
 
 
-def set_up_engine(args: Namespace, accelerator: Accelerator) -> None:
-    """Tell FSDP2 or DeepSpeed what the flags say, with which accelerate's configuration knows nothing of.
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the processes hold parts of what is trained (FSDP2, ZeRO), so that all must run each forward together."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
-    Raises:
-        UsageError: for what the engine cannot do.
-    """
+
+def set_up_engine(args: Namespace, accelerator: Accelerator) -> None:
+    """Tell FSDP2 or DeepSpeed what the flags say, with which accelerate's configuration knows nothing of."""
     if is_sharded(accelerator):
-        names = (
-            "train_text_encoder", "base_quantization", "blocks_to_swap", "full_bf16", "fused_backward_pass", "use_ema",
-        )  # fmt: skip
-        asked = [f"--{name}" for name in names if getattr(args, name, None) not in (None, False, 0, "none")]
-        if args.optimizer.lower() != "adamw":  # it would measure a shard where it means a tensor
-            asked.append(f"--optimizer={args.optimizer}")
-        if args.use_8bit_adam and accelerator.distributed_type == DistributedType.FSDP:  # knows no DTensor
-            asked.append("--use_8bit_adam")
+        asked = [flag.name for flag in FLAG_OF.values() if not flag.sharded and flag.is_on(args)]
+        if accelerator.distributed_type not in chosen_optimizer(args).engines:  # its update needs whole tensors
+            asked.append("--use_8bit_adam" if args.use_8bit_adam else f"--optimizer={args.optimizer}")
         if asked:
             raise UsageError(
                 f"{', '.join(asked)}: not with {engine_name(accelerator)}, which shards one model and steps with plain "
@@ -2930,12 +2149,113 @@ def set_up_engine(args: Namespace, accelerator: Accelerator) -> None:
         }
 
 
-def check_model(args: Namespace) -> None:
-    """See that `--pretrained_model_name_or_path` is a FLUX.1 pipeline; only its index is read.
+def prepare_training(
+    args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: Checkpoint | None, seed: int
+) -> Trained:
+    """Load what is trained, make its optimizer and schedule, and hand all of it to accelerate.
 
-    Raises:
-        UsageError: if it is not, or cannot be reached.
+    Of a checkpoint whose optimizer state does not fit, the weights are taken here; all else by `load_checkpoint`.
     """
+    transformer = load_transformer(args, accelerator)
+    text_encoder = load_text_encoder(args).to(accelerator.device) if args.train_text_encoder else None
+    weights_only = resumed is not None and not optimizer_fits(resumed[1]["data"], data.metadata)
+    if resumed is not None and weights_only and accelerator.is_main_process:  # whose weights all start from
+        for model in filter(None, (transformer, text_encoder)):
+            load_weights(model, resumed[0])
+    if is_sharded(accelerator) and accelerator.mixed_precision != "no":  # accelerate does so for the others
+        transformer.forward = torch.autocast(accelerator.device.type, weight_dtype(accelerator))(transformer.forward)
+    compile_blocks(accelerator, transformer)
+    groups = parameter_groups(args, transformer, text_encoder)
+    if args.full_bf16 or args.fused_backward_pass:
+        settings_kept, make = chosen_optimizer(args).settings(args, "cpu"), functools.partial(make_optimizer, args)
+        optimizer: torch.optim.Optimizer = PerParameterOptimizer(groups, make, settings_kept, seed)
+    else:
+        optimizer = make_optimizer(args, groups)
+    lr_scheduler = make_lr_scheduler(args, optimizer)
+    if args.fused_backward_pass:  # its optimizer averages over processes itself, in place of DDP
+        optimizer.fuse(args.max_grad_norm or math.inf)  # type: ignore[attr-defined]
+        models = [model for model in (transformer, text_encoder) if model is not None]
+        accelerator._models += [accelerator.prepare_model(model, evaluation_mode=True) for model in models]
+        optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    else:
+        transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+        text_encoder = None if text_encoder is None else accelerator.prepare(text_encoder)
+    register_state_hooks(accelerator)
+    trained = Trained(transformer, text_encoder, optimizer, lr_scheduler)
+    if args.use_ema:
+        trained.ema = EMAModel([parameter.float() for parameter in trained.parameters], args.ema_decay)
+        accelerator.register_for_checkpointing(trained.ema)
+    kinds = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained.parameters}))
+    logger.info(f"Training {trained.size:,} parameters in {kinds} under mixed precision {accelerator.mixed_precision}")
+    return trained
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The model under what accelerate put around it for processes and compiling.
+
+    accelerate's own `unwrap_model` imports DeepSpeed wherever it is installed, which takes a second.
+    """
+    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
+        model = inner
+    return model
+
+
+def component_name(model: nn.Module) -> str:
+    """What a pipeline calls an unwrapped model: "transformer" or "text_encoder"."""
+    return "transformer" if isinstance(model, FluxTransformer2DModel) else "text_encoder"
+
+
+def gather_dicts(mine: dict[Any, Any]) -> dict[Any, Any]:
+    """The union of the dictionaries of all processes, on all of them."""
+    return {key: value for part in gather_object([mine]) for key, value in part.items()}
+
+
+def own_share(accelerator: Accelerator, count: int) -> range:
+    """This process's part of `count` forwards; as many on all processes, numbers from `count` on are fillers."""
+    processes = accelerator.num_processes
+    return range(accelerator.process_index, math.ceil(count / processes) * processes, processes)
+
+
+@contextlib.contextmanager
+def accumulate(accelerator: Accelerator, models: list[nn.Module], last: bool) -> Iterator[None]:
+    """Gradients are shared between processes, and the optimizer may step, only in the `last` micro-batch of a step.
+
+    What is sharded is shared in each micro-batch: else a process would hold the whole gradient in between, 44 GiB.
+    """
+    accelerator.sync_gradients = last
+    with contextlib.ExitStack() as stack:
+        if not (last or is_sharded(accelerator)):
+            for model in models:
+                stack.enter_context(accelerator.no_sync(model))
+        yield
+
+
+def backward(run: Run, loss: Tensor) -> None:
+    """The backward pass of a micro-batch; its `weights` make the mean over the step, and accelerate divides by both."""
+    if run.args.fused_backward_pass:
+        check_finite(run, run.accelerator.reduce(loss.detach(), reduction="sum").item(), 0.0)
+    run.accelerator.backward(loss * run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes)
+
+
+def clip_gradients(run: Run) -> Tensor | None:
+    """Clip the norm of all gradients to `--max_grad_norm`, unless the backward pass clipped; returns what it was."""
+    if run.args.fused_backward_pass:
+        return run.trained.optimizer.optimizer.take_norm()  # type: ignore[attr-defined]
+    return run.accelerator.clip_grad_norm_(run.trained.parameters, run.args.max_grad_norm or math.inf)
+
+
+def check_finite(run: Run, loss: float, norm: float) -> None:
+    """See that a loss and the norm of its gradient are numbers."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise RunError(
+            f"the loss is {loss} at step {run.state.step}, its gradient's norm {norm}. Likely causes: --learning_rate "
+            "too high, an fp16 overflow, or broken weights. Checkpoints written so far are good: resume from the last "
+            "one with other flags"
+        )
+
+
+def check_model(args: Namespace) -> None:
+    """See that `--pretrained_model_name_or_path` is a FLUX.1 pipeline; only its index is read."""
     name = args.pretrained_model_name_or_path
     try:
         index = FluxPipeline.load_config(name, **hub_options(args))
@@ -2946,67 +2266,12 @@ def check_model(args: Namespace) -> None:
         raise UsageError(f"--pretrained_model_name_or_path is {name!r}, which is a {index.get('_class_name')}")
 
 
-def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
-    """The pictures of the subject, those of the class that are there, and those held out.
-
-    Raises:
-        UsageError: if there are none, or some cannot be read.
-    """
-    captions = (args.instance_prompt, args.caption_extension, None if args.dataset_name else args.caption_column)
-    pictures = {
-        "instance": pictures_in_dataset(args)
-        if args.dataset_name
-        else pictures_in_folder("--instance_data_dir", args.instance_data_dir, *captions)
-    }
-    if args.validation_data_dir:
-        pictures["validation"] = pictures_in_folder("--validation_data_dir", args.validation_data_dir, *captions)
-    class_flag, folder = "--class_data_dir", args.class_data_dir
-    if args.with_prior_preservation and os.path.lexists(folder) and open_folder(class_flag, folder):
-        pictures["class"] = pictures_in_folder(class_flag, folder, args.class_prompt)
-    checked = iter(check_pictures([picture for part in pictures.values() for picture in part]))
-    pictures = {half: [next(checked) for _ in part] for half, part in pictures.items()}
-    for name in ("instance_data_dir", "validation_data_dir"):
-        if getattr(args, name) and (others := passed_over(Path(getattr(args, name)), args.caption_extension)):
-            logger.warning(f"--{name} has what is not a picture by its name, so it is passed over: {shorten(others)}")
-    for half, part in pictures.items():
-        if half != "class" or not args.aspect_ratio_buckets:  # else each takes its instance picture's
-            report_pictures(half, part, training_sizes(args))
-    return pictures
-
-
-def make_folders(args: Namespace, pictures: dict[str, list[Picture]]) -> str:
-    """Make what will be written to: `--output_dir`, the folder of missing class pictures, and with `--push_to_hub` the
-    repository; returns its name.
-
-    Raises:
-        UsageError: if one is refused; a folder made for nothing is removed.
-    """
-    wanted, made = {"--output_dir": Path(args.output_dir)}, list[Path]()
-    if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
-        wanted["--class_data_dir"] = Path(args.class_data_dir)
-    try:
-        for flag, folder in wanted.items():
-            made += [path for path in (*folder.parents[::-1], folder) if not os.path.lexists(path)]
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".probe{PARTIAL}"
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                raise UsageError(f"{flag} is {str(folder)!r}, which cannot be written: {error}") from error
-        return create_repository(args) if args.push_to_hub else Path(args.output_dir).resolve().name
-    except UsageError:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
-
-
-def begin(args: Namespace, accelerator: Accelerator) -> tuple[dict[str, list[Picture]], Any, str]:
+def check_everything(
+    args: Namespace, accelerator: Accelerator
+) -> tuple[dict[str, list[Picture]], Checkpoint | None, str]:
     """Everything that can go wrong before a model is loaded goes wrong here, on the main process first.
 
-    Returns:
-        The pictures; the checkpoint to resume and what it says of itself, or None; the repository's name.
+    Returns the pictures by source; the checkpoint to resume, or None; the name of the repository.
     """
     found: list[Any] = [None, None]
     with accelerator.main_process_first():
@@ -3014,27 +2279,37 @@ def begin(args: Namespace, accelerator: Accelerator) -> tuple[dict[str, list[Pic
             check_model(args)
         pictures = list_pictures(args)
         if accelerator.is_main_process:
-            if Path(args.output_dir).is_dir():
-                lock_folder(Path(args.output_dir))
-                remove_leftovers(Path(args.output_dir))
-            resumed = find_checkpoint(args)
-            if resumed is not None:
-                check_fits(args, *resumed)
-            found = [make_folders(args, pictures), resumed]
             lock_folder(Path(args.output_dir))
-    repo_id, resumed = accelerate.utils.broadcast_object_list(found)
+            remove_leftovers(Path(args.output_dir))
+            resumed = find_checkpoint(args)
+            if resumed and (changed := changed_flags(resumed[1]["args"], args, "refuse")):
+                reason = f"{resumed[0]} does not fit this run: {', '.join(changed)}"
+                raise UsageError(f"{reason}. Give them as they were, or start anew")
+            repo_id = create_repository(args) if args.push_to_hub else Path(args.output_dir).resolve().name
+            make_folder("--output_dir", args.output_dir)
+            if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
+                make_folder("--class_data_dir", args.class_data_dir)
+            found = [repo_id, resumed]
+    repo_id, resumed = broadcast_object_list(found)
     check_machines(args, accelerator, resumed, pictures)
     return pictures, resumed, repo_id
 
 
-def check_machines(args: Namespace, accelerator: Accelerator, resumed: Any, pictures: dict[str, list[Picture]]) -> None:
-    """See that all machines have what they need: the same pictures, the checkpoint, and a shard's folder.
+def make_folder(flag: str, folder: str) -> None:
+    """Make a folder that will be written to, the value of `flag`; a UsageError if it cannot be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{flag} is {folder!r}, which cannot be written: {error}") from error
 
-    Raises:
-        UsageError: on all processes, naming what to share or copy.
-    """
+
+def check_machines(
+    args: Namespace, accelerator: Accelerator, resumed: Checkpoint | None, pictures: dict[str, list[Picture]]
+) -> None:
+    """See that all machines have what they need: the same pictures, the checkpoint, and a shard's folder."""
     probe = Path(args.output_dir) / f".probe-{random.SystemRandom().random()}{PARTIAL}"
-    probe = accelerate.utils.broadcast_object_list([probe])[0]
+    probe = broadcast_object_list([probe])[0]
     if accelerator.is_main_process:
         probe.touch()
     accelerator.wait_for_everyone()
@@ -3045,7 +2320,7 @@ def check_machines(args: Namespace, accelerator: Accelerator, resumed: Any, pict
         probe.unlink()
     if any(others != names for others in pictures_of):
         raise UsageError("the machines have different pictures; copy the folders, or put them on a disk that all see")
-    if not all(checkpoint_of):
+    if resumed is not None and not all(checkpoint_of):
         raise UsageError(f"{resumed[0]} is not on all machines; copy it, or put --output_dir on a disk that all see")
     if is_sharded(accelerator) and not all(folder_of):
         raise UsageError(
@@ -3054,84 +2329,129 @@ def check_machines(args: Namespace, accelerator: Accelerator, resumed: Any, pict
         )
 
 
-def start_state(args: Namespace, resumed: Any) -> RunState:
-    """Where the run starts: at the checkpoint, or at step 0 with `--seed` or a seed that is drawn."""
-    if resumed is not None:
-        state = RunState(**resumed[1]["state"])
-        if args.seed not in (None, state.seed):
-            logger.warning(f"--seed={args.seed} has no effect: the run goes on with the checkpoint's {state.seed}")
-        return state
-    if args.seed is not None:
-        return RunState(0, args.seed)
-    seed = accelerate.utils.broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
-    logger.info(f"No --seed: drew {seed}")
-    return RunState(0, seed)
+# ================================================== 13. Checkpoints ===================================================
+
+Checkpoint = tuple[Path, dict[str, Any]]  # its folder, and what it says of itself
+STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
+RESULT_FILE = "training_result.json"  # written last of all: without it a run is not finished
+LOCK_SECONDS = 60
+HELD: list[FileLock] = []  # the lock of the folder that this process writes to
+PIECE = 2**28  # bytes that one thread hashes at a time
+UMASK = os.umask(0o077)
+os.umask(UMASK)  # there is no call that only reads it
+PARTIAL, OLD = ".flux-partial", ".flux-old"  # ends of names that are being written, or replaced
 
 
-def fingerprint(pictures: dict[str, list[Picture]]) -> str:
-    """How many pictures there are, and the CRC-32 of what is known of them."""
-    known = {half: [(at.name, at.prompt, at.size, at.look) for at in part] for half, part in pictures.items()}
-    return f"{sum(map(len, pictures.values()))} ({zlib.crc32(json.dumps(known).encode()):08x})"
+def save_checkpoint(run: Run) -> None:
+    """Write `checkpoint-<step>`: called on all processes, whole or not there, the oldest pruned after."""
+    args, accelerator, state = run.args, run.accelerator, run.state
+    output, trained = Path(args.output_dir), run.trained
+    states = [leaf for leaf in tree_leaves(trained.optimizer.state_dict()) if isinstance(leaf, Tensor)]
+    needed = 2**20 + (4 if trained.ema is None else 8) * trained.size + sum(state.nbytes for state in states)
+    partial = output / f".checkpoint-{state.step}{PARTIAL}"
+    with cleanup_on_failure(args, f"checkpoint-{state.step}", partial, needed):
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            if shutil.disk_usage(output).free < needed:
+                raise OSError("not enough space")
+        accelerator.wait_for_everyone()
+        # DeepSpeed's name for leaving out the frozen; others ignore it.
+        accelerator.save_state(str(partial), exclude_frozen_parameters=True)
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+        hashes = checksums(path for path in sorted(partial.rglob("*")) if path.is_file())
+        files = {path.relative_to(partial).as_posix(): value for path, value in hashes.items()}
+        metadata = {"script": Path(__file__).name, "state": asdict(state), "args": settings(args)}
+        metadata |= {"data": run.data.metadata}
+        checksum = zlib.crc32(json.dumps([files, metadata]).encode())
+        content = {"files": files, "facts": metadata, "checksum": checksum}
+        (partial / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        replace_path(partial, output / f"checkpoint-{state.step}")
+    logger.info(f"Saved checkpoint-{state.step}")
+    if args.checkpoints_total_limit:
+        found = list_checkpoints(output).items()
+        earlier = [path for number, path in found if number < state.step and (path / STATE_FILE).is_file()]
+        for path in earlier[: max(0, len(earlier) + 1 - args.checkpoints_total_limit)]:
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}{PARTIAL}")))  # never a half-deleted checkpoint
 
 
-def prepare_data(
-    args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, validation_pictures: list[Picture]
-) -> TrainingData:
-    """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
-    prompts = [*dataset.prompts, *(picture.prompt for picture in validation_pictures), *validation_prompts(args)]
-    prompts = list(dict.fromkeys(prompts))
-    with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
-        encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
-    with stage(args, accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):
-        vae = load_vae(args, accelerator)
-        config = vae.config
-        validation = encode_validation_pictures(args, accelerator, vae, validation_pictures)
-        if args.cache_latents:
-            cache_latents(accelerator, vae, dataset)
-            vae = vae.to("cpu") if validation_prompts(args) else None
-    facts = {
-        "processes": accelerator.num_processes,
-        "engine": engine_name(accelerator),
-        "precision": accelerator.mixed_precision,
-        "pictures": fingerprint(dataset.halves),
-        "validation pictures": fingerprint({str(training_sizes(args)): validation_pictures}),
-    }
-    factors, scheduler_config = (config.shift_factor, config.scaling_factor), load_scheduler(args).config
-    return TrainingData(dataset, encoded, vae, *factors, validation, facts, scheduler_config)
+def register_state_hooks(accelerator: Accelerator) -> None:
+    """Make `save_state` write models in the formats that pipelines load, and `load_state` read them.
 
-
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The precision of what is frozen, by what accelerate resolved from flag, environment and configuration."""
-    return PRECISIONS[accelerator.mixed_precision]
-
-
-def prepare_training(args: Namespace, accelerator: Accelerator, seed: int, weights: Path | None) -> Trained:
-    """Load what is trained, make its optimizer and schedule, and hand all of it to accelerate.
-
-    `weights` is a checkpoint of which only the weights can be used, or None.
+    FSDP2 and DeepSpeed write and read their shards of the models beside it.
     """
-    transformer = load_transformer(args, accelerator)
-    text_encoder = load_text_encoder(args).to(accelerator.device) if args.train_text_encoder else None
-    if weights is not None and accelerator.is_main_process:  # whose weights all start from
-        for model in filter(None, (transformer, text_encoder)):
-            load_weights(model, weights)
-    if is_sharded(accelerator) and accelerator.mixed_precision != "no":  # accelerate does so for the others
-        transformer.forward = torch.autocast(accelerator.device.type, weight_dtype(accelerator))(transformer.forward)
-    compile_blocks(accelerator, transformer)
-    optimizer = make_optimizer(args, parameter_groups(args, transformer, text_encoder), seed)
-    lr_scheduler = make_lr_scheduler(args, optimizer)
-    if args.fused_backward_pass:  # its optimizer averages over processes itself, in place of DDP
-        models = [model for model in (transformer, text_encoder) if model is not None]
-        accelerator._models += [accelerator.prepare_model(model, evaluation_mode=True) for model in models]
-        optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+
+    def save_hook(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        for model in models:
+            save_weights(accelerator, model, Path(folder), None)
+        weights.clear()
+
+    def load_hook(models: list[nn.Module], folder: str) -> None:
+        while models:
+            load_weights(unwrap(models.pop()), Path(folder))
+
+    accelerator.register_save_state_pre_hook(save_hook)
+    accelerator.register_load_state_pre_hook(load_hook)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Give an unwrapped model the weights of a checkpoint."""
+    name = component_name(model)
+    pattern = TRANSFORMER_FILES if name == "transformer" else "model{suffix}.safetensors"
+    if not (folder / name).is_dir():
+        raise UsageError(f"{folder} has no {name}/: it is from a run without --train_text_encoder")
+    load_torch_model(model, folder / name, strict=True, filename_pattern=pattern)
+
+
+def load_checkpoint(run: Run, resumed: Checkpoint) -> list[str]:
+    """Take the state of a checkpoint as far as it fits; settings stay the flags'. Returns what differs from its run."""
+    args, trained, metadata, (folder, content) = run.args, run.trained, run.data.metadata, resumed
+    before = content["data"]
+    changes = changed_flags(content["args"], args, "warn")
+    if not args.lr_scheduler.startswith("constant") and content["args"]["max_train_steps"] != args.max_train_steps:
+        changes.append(f"--max_train_steps was {content['args']['max_train_steps']} and is {args.max_train_steps}")
+    for name in sorted(before.keys() & metadata.keys() - {"validation pictures"}):
+        if before[name] != metadata[name]:
+            changes.append(f"{name} was {before[name]!r} and is {metadata[name]!r}")
+    fits = optimizer_fits(before, metadata)
+    if fits:
+        # DeepSpeed's name for leaving out the frozen; the others load by way of the host, as some copy the state.
+        options = {"load_module_strict": False} if is_sharded(run.accelerator) else {"map_location": "cpu"}
+        with keep_settings(trained.optimizer, chosen_optimizer(args).settings(args, "cpu")):
+            run.accelerator.load_state(str(folder), **options)
     else:
-        transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
-        text_encoder = None if text_encoder is None else accelerator.prepare(text_encoder)
-    register_state_hooks(accelerator)
-    trained = Trained(transformer, text_encoder, optimizer, lr_scheduler)
-    kinds = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained.parameters}))
-    logger.info(f"Training {trained.size:,} parameters in {kinds} under mixed precision {accelerator.mixed_precision}")
-    return trained
+        trained.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.bin"))
+    schedule, groups = trained.lr_scheduler.scheduler, trained.optimizer.param_groups
+    schedule.base_lrs = [group["initial_lr"] for group in groups]  # the flags', from where the schedule stands
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, lr in zip(groups, schedule._last_lr, strict=True):
+        group["lr"] = lr
+    measured = before.get("validation pictures", metadata["validation pictures"])
+    if not args.validation_loss:
+        metadata["validation pictures"] = measured
+    elif measured != metadata["validation pictures"]:
+        run.state.untrained_loss = None
+    if trained.ema is not None:  # which came back on the CPU, with the decay that it had
+        trained.ema.to(run.accelerator.device)
+        trained.ema.decay = args.ema_decay
+    kept = "everything" if fits else "the weights and the schedule, not the optimizer's state"
+    logger.info(f"Resuming from {folder} at step {run.state.step} of {args.max_train_steps}, with {kept}")
+    if changes:
+        difference = f"Differs from the run that wrote {folder.name}: {'; '.join(changes)}"
+        logger.warning(f"{difference}; results will not match an uninterrupted run")
+    return changes
+
+
+@contextlib.contextmanager
+def keep_settings(optimizer: torch.optim.Optimizer, settings: Iterable[str]) -> Iterator[None]:
+    """Inside, an optimizer takes the state of a checkpoint; `settings`, weight decay and rate stay the flags'."""
+    names = [*settings, "weight_decay", "initial_lr"]
+    own = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+    yield
+    for group, kept in zip(optimizer.param_groups, own, strict=True):
+        group.update(kept)
 
 
 def optimizer_fits(before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -3140,152 +2460,604 @@ def optimizer_fits(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return same and (before["processes"] == now["processes"] or not now["engine"].startswith("ZeRO"))
 
 
-def go_on(run: Run, checkpoint: Path, facts: dict[str, Any], changes: list[str]) -> None:
-    """Take the state of a checkpoint, which says `facts` of itself, as far as it fits; settings stay the flags'."""
-    args, trained, data = run.args, run.trained, run.data
-    fits = optimizer_fits(facts["data"], data.facts)
-    if fits:
-        # DeepSpeed's word, for the frozen are left out; the others load by way of the host, as some copy the state.
-        options = {"load_module_strict": False} if is_sharded(run.accelerator) else {"map_location": "cpu"}
-        with keep_options(trained.optimizer):
-            run.accelerator.load_state(str(checkpoint), **options)
-    else:
-        trained.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.bin"))
-    follow_flags(trained)
-    measured = facts["data"].get("validation pictures", data.facts["validation pictures"])
-    if not args.validation_loss:
-        data.facts["validation pictures"] = measured
-    elif measured != data.facts["validation pictures"]:
-        run.state.untrained_loss = None
-    if trained.ema is not None:  # which came back on the CPU, with the decay that it had
-        trained.ema.to(run.accelerator.device)
-        trained.ema.decay = args.ema_decay
-    kept = "everything" if fits else "the weights and the schedule, not the optimizer's state"
-    logger.info(f"Resuming from {checkpoint} at step {run.state.step} of {args.max_train_steps}, with {kept}")
-    for change in changes:
-        logger.warning(f"Changed since {checkpoint.name}, so this run is not the one it would have been: {change}")
-
-
-def fit(args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: Any, state: RunState) -> None:
-    """Load, train, save: when this returns, the memory of the training is free."""
-    checkpoint, facts = resumed or (None, {"data": data.facts})
-    changes = [] if checkpoint is None else list(changes_since(args, facts, data.facts))
-    with stage(args, accelerator, "Loading the transformer"):
-        weights = None if optimizer_fits(facts["data"], data.facts) else checkpoint
-        trained = prepare_training(args, accelerator, state.seed, weights)
-        if args.use_ema:
-            trained.ema = EMAModel([parameter.float() for parameter in trained.parameters], args.ema_decay)
-            accelerator.register_for_checkpointing(trained.ema)
-    run = Run(args, accelerator, data, trained, state)
-    if checkpoint is not None:
-        go_on(run, checkpoint, facts, changes)
-    schedule = make_schedule(args, accelerator, data.dataset, state)
-    if accelerator.is_main_process:
-        own = checkpoint is not None and checkpoint.resolve().parent == Path(args.output_dir).resolve()
-        (Path(args.output_dir) / RESULT_FILE).unlink(missing_ok=True)
-        set_aside(args, state.step if own else 0, facts if own else None, changed=bool(changes))
-    with StopSignals() as signals:
-        with stage(args, accelerator, "Training"), logging_redirect_tqdm():
-            if state.step == 0 or state.owes_validation:
-                validate(run)
-            train(run, schedule, signals)
-        with stage(args, accelerator, "Saving the result"):
-            dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
-            partial = Path(args.output_dir) / f".results{PARTIAL}"
-            with writing(args, "the result", partial, 4 * trained.size), trained.averaged():
-                save_results(args, accelerator, trained, dtype)
-        if any(gather_object([signals.pending()])):
-            save_checkpoint(run)  # with which `latest` has only the pictures and the card to make
-            stop_run(run, signals.pending(), f"the result and checkpoint-{state.step}")
-    accelerator.free_memory()
-    accelerator._custom_objects.clear()  # the average
-
-
-def make_schedule(
-    args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, state: RunState
-) -> MicroBatches:
-    """What this process trains in which step, from where the run stands."""
-    split = (accelerator.process_index, accelerator.num_processes)
-    sizes = (len(dataset), args.train_batch_size, args.gradient_accumulation_steps)
-    return MicroBatches(*sizes, *split, state.seed, state.step, args.max_train_steps, dataset.buckets)
-
-
-def resolve_steps(args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, state: RunState) -> None:
-    """Fill in what follows from the data and the processes: `--max_train_steps`, and `--scale_lr`'s rate."""
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    steps_per_epoch = make_schedule(args, accelerator, dataset, state).steps_per_epoch
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * steps_per_epoch
-    if state.step > args.max_train_steps:
-        raise UsageError(
-            f"--resume_from_checkpoint={args.resume_from_checkpoint} is at step {state.step}, past the end of this run "
-            f"at {args.max_train_steps}: raise --max_train_steps, or name an earlier checkpoint"
-        )
-    if args.scale_lr:
-        args.learning_rate *= per_step
-        logger.info(f"--scale_lr: the learning rate is {args.learning_rate} for {per_step} examples a step")
-    logger.info(
-        f"{len(dataset)} examples, {per_step} a step, {steps_per_epoch} steps an epoch, {args.max_train_steps} in all"
-    )
-
-
-def prepare_dataset(
-    args: Namespace, accelerator: Accelerator, pictures: dict[str, list[Picture]], seed: int
-) -> DreamBoothDataset:
-    """The examples, after the class pictures that are missing were drawn."""
-    class_pictures: list[Picture] = []
-    if args.with_prior_preservation:
-        if len(pictures.get("class", [])) < args.num_class_images:
-            with stage(args, accelerator, "Generating class pictures"):
-                generate_class_pictures(args, accelerator, seed)
-        class_pictures = pictures_in_folder("--class_data_dir", args.class_data_dir, args.class_prompt)
-    return DreamBoothDataset(pictures["instance"], class_pictures[: args.num_class_images], args, seed)
-
-
-def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
-    """Begin what `--report_to` names, with all settings.
-
-    Raises:
-        UsageError: if it does not let the run in.
-    """
+@contextlib.contextmanager
+def cleanup_on_failure(args: Namespace, what: str, partial: Path, needed: int) -> Iterator[None]:
+    """Around what writes `what`, of about `needed` bytes, into `partial`: if that fails, nothing of it is left."""
     try:
-        accelerator.init_trackers(PROJECT, config=plain_settings(args))
-    except Exception as error:  # each tracker has its own kinds
-        raise UsageError(
-            f"--report_to={args.report_to} does not start: {error}. For wandb: `wandb login`, or WANDB_MODE=offline; "
-            "or give --report_to=tensorboard or none"
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # each writer has its own kind of error for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        free, kept = shutil.disk_usage(args.output_dir).free, list_checkpoints(args.output_dir).values()
+        there = ", ".join(path.name for path in kept) or "no checkpoint yet"
+        raise RunError(
+            f"{what} was not written ({error}): it needs about {needed:,} bytes, and {args.output_dir} has {free:,}. "
+            f"There is {there}: make room, then go on with --resume_from_checkpoint=latest"
         ) from error
 
 
-def main(args: Namespace) -> None:
-    """The story: pictures, prompts, latents, transformer, training, result, final pictures, card, Hub."""
-    accelerator = make_accelerator(args)
-    pictures, resumed, repo_id = begin(args, accelerator)
-    state = start_state(args, resumed)
-    dataset = prepare_dataset(args, accelerator, pictures, state.seed)
-    resolve_steps(args, accelerator, dataset, state)
-    if accelerate.utils.broadcast_object_list([is_finished(args)])[0]:
-        logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
-        if args.push_to_hub and accelerator.is_main_process:
-            push_to_hub(args, repo_id)
-        return
-    start_trackers(args, accelerator)
-    validation_pictures = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
-    data = prepare_data(args, accelerator, dataset, validation_pictures)
-    fit(args, accelerator, data, resumed, state)
-    if validation_prompts(args) and not args.skip_final_inference:
-        embeds = [data.prompts[prompt] for prompt in validation_prompts(args)]
-        del data  # and with it the VAE: what was saved brings its own
-        with stage(args, accelerator, "Drawing the final pictures"):
-            draw_final_pictures(args, accelerator, embeds, state, weight_dtype(accelerator))
+@contextlib.contextmanager
+def warn_if_unwritable(what: str) -> Iterator[None]:
+    """Around what the training can do without: if it cannot be written, a warning says so and the run goes on."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        logger.warning(f"{what} could not be written: {error}")
+
+
+def find_checkpoint(args: Namespace) -> Checkpoint | None:
+    """The checkpoint that `--resume_from_checkpoint` names and what it says of itself, or None to start anew."""
+    wanted, checkpoints = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
+    if not wanted:
+        return None
+    if wanted != "latest":
+        for path in (Path(wanted), Path(args.output_dir) / wanted):
+            if (path / STATE_FILE).is_file():
+                return path, read_checkpoint(path)
+        names = ", ".join(path.name for path in checkpoints.values() if (path / STATE_FILE).is_file()) or "none"
+        flag = f"--resume_from_checkpoint is {wanted!r}"
+        raise UsageError(f"{flag}, which is no checkpoint; {args.output_dir} has {names}")
+    for path in reversed(checkpoints.values()):
+        try:
+            return path, read_checkpoint(path)
+        except UsageError as error:
+            logger.warning(f"Skipping a checkpoint: {error}")
+    if checkpoints:
+        raise UsageError("--resume_from_checkpoint=latest: no checkpoint is whole; leave the flag out to start anew")
+    logger.info(f"--resume_from_checkpoint=latest: no checkpoint in {args.output_dir}, so this run starts anew")
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, after every file of it was compared with its checksum."""
+    try:
+        content = json.loads((path / STATE_FILE).read_text())
+        files, metadata = content["files"], content["facts"]
+        if zlib.crc32(json.dumps([files, metadata]).encode()) != content["checksum"]:
+            raise ValueError("does not match its checksum")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not whole, or damaged: {STATE_FILE}: {error}") from error
+    there = {path / name: expected for name, expected in files.items() if (path / name).is_file()}
+    found = checksums(file for file, expected in there.items() if isinstance(expected, str))
+    found |= {file: crc32(file) for file, expected in there.items() if isinstance(expected, int)}  # earlier versions'
+    if damaged := [name for name, expected in files.items() if found.get(path / name) != expected]:
+        raise UsageError(f"{path} is damaged: {shorten(damaged)}: missing, or not matching the checksum")
+    if metadata["script"] != Path(__file__).name:
+        raise UsageError(f"{path} was written by {metadata['script']}, which trains other weights")
+    return metadata
+
+
+def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The checkpoints in `output_dir`, whole or not, by step, in order."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def checksums(paths: Iterable[Path]) -> dict[Path, str]:
+    """Of each file the XXH3 of those of its pieces, which threads read side by side: a checkpoint may have 143 GB."""
+    pieces = [(path, start) for path in paths for start in range(0, max(1, path.stat().st_size), PIECE)]
+    whole: dict[Path, Any] = {path: xxhash.xxh3_64() for path, _ in pieces}
+    with ThreadPoolExecutor() as pool:
+        for (path, _), digest in zip(pieces, pool.map(hash_piece, *zip(*pieces, strict=True)), strict=True):
+            whole[path].update(digest)
+    return {path: digest.hexdigest() for path, digest in whole.items()}
+
+
+def hash_piece(path: Path, start: int) -> bytes:
+    """XXH3 of at most PIECE bytes of a file from `start` on."""
+    digest, buffer, left = xxhash.xxh3_64(), memoryview(bytearray(2**22)), PIECE
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (count := file.readinto(buffer[:left])):
+            digest.update(buffer[:count])
+            left -= count
+    return digest.digest()
+
+
+def crc32(path: Path) -> int:
+    """The checksum of a file in checkpoints of earlier versions."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def replace_path(new: Path, final: Path) -> None:
+    """Put `new`, flushed, in the place of `final`; what stood there goes only after."""
+    for path in [*new.rglob("*"), new]:
+        if path.is_file():
+            with contextlib.suppress(OSError):  # a disk without modes
+                path.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
+        flush(path)
+    old = final.with_name(f".{final.name}{OLD}")
+    if final.is_dir():
+        final.rename(old)
+    new.replace(final)
+    flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names where a system can tell, is on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
+    except PermissionError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Undo what a killed run left half-done, which its names show."""
+    for old in output_dir.glob(f".*{OLD}"):
+        final = old.with_name(old.name[1 : -len(OLD)])
+        if final.exists():
+            shutil.rmtree(old)
+        else:  # killed between the two renames of `replace_path`
+            old.rename(final)
+    for partial in output_dir.glob(f".*{PARTIAL}"):
+        logger.info(f"Removing {partial.name}, which a killed run left half-written")
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def set_aside(args: Namespace, resumed: Checkpoint | None, step: int, changed: bool) -> None:
+    """Move what an earlier run left in `--output_dir` and could be taken for this one's into a folder of its own.
+
+    All of it where a run starts anew. Where one goes on at `step` from a checkpoint of the folder: what is later than
+    that, what is written on request only, pictures of other prompts; the result as well where the training has
+    `changed` since.
+    """
+    output = Path(args.output_dir)
+    (output / RESULT_FILE).unlink(missing_ok=True)
+    own = resumed is not None and resumed[0].resolve().parent == output.resolve()
+    step = step if own else 0
+    other_pictures = resumed is None or not own or bool(changed_flags(resumed[1]["args"], args, "pictures"))
+    patterns = [*(ON_REQUEST if own and not changed else RESULTS), *([SHEET_FILE] if other_pictures else [])]
+    left = [path for pattern in patterns for path in output.glob(pattern)]
+    left += [path for number, path in list_checkpoints(output).items() if number > step]
+    drawn = list_validation_pictures(output).items()
+    left += [path for (number, _), path in drawn if number > (-1 if other_pictures else step)]
+    if left:
+        free = (output / f"earlier-{number}" for number in itertools.count(1))
+        folder = next(path for path in free if not path.exists())
+        for path in left:
+            target = folder / path.relative_to(output)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        logger.warning(f"Moved what an earlier run left to {folder}: {shorten([path.name for path in left])}")
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other runs on this machine out of `folder` while this process lives; one that is ending is waited for."""
+    unlock_folder()
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # beside the user's files it would stay
+    lock = FileLock(Path(tempfile.gettempdir()) / f"flux-{name}.lock")
+    for seconds in (0, LOCK_SECONDS):
+        try:
+            lock.acquire(timeout=seconds)
+            HELD.append(lock)  # only now: what this process does not hold it must not remove
+            return
+        except Timeout:
+            if not seconds:
+                logger.warning(f"Another run is using {folder}; waiting up to {LOCK_SECONDS} s")
+        except (OSError, NotImplementedError):  # a disk that has no locks
+            return
+    raise UsageError(
+        f"--output_dir is {str(folder)!r}, which another run is using; wait for it, or give another folder"
+    )
+
+
+@atexit.register
+def unlock_folder() -> None:
+    """Let other runs into the folder that this process has locked, if it has."""
+    while HELD:
+        with contextlib.suppress(OSError):  # Windows removes the file itself
+            Path(HELD[-1].lock_file).unlink()
+        HELD.pop().release()
+
+
+def is_finished(args: Namespace) -> bool:
+    """Whether `latest` would go on with a run that is done, and nothing that is asked for now would come out otherwise.
+
+    A checkpoint cannot tell: the last one may be long before the end.
+    """
+    try:
+        before = json.loads((Path(args.output_dir) / RESULT_FILE).read_text())
+    except (OSError, ValueError):  # a result without its mark may be of another run
+        return False
+    changed = changed_flags(before, args, "result", "pictures", "warn", "refuse")
+    return args.resume_from_checkpoint == "latest" and not changed
+
+
+def mark_finished(args: Namespace) -> None:
+    """Write the last file of a run, unless a picture that the flags ask for is missing."""
+    if all((Path(args.output_dir) / name).exists() for name in final_pictures(args)):
+        partial = Path(args.output_dir) / f".{RESULT_FILE}{PARTIAL}"
+        partial.write_text(json.dumps(settings(args), indent=2) + "\n")
+        replace_path(partial, Path(args.output_dir) / RESULT_FILE)
+
+
+# ============================================ 14. Results, model card, Hub ============================================
+
+TRANSFORMER_FILES = "diffusion_pytorch_model{suffix}.safetensors"
+SINGLE_FILE = "transformer_bf16.safetensors"
+COMPONENTS = ["scheduler/", "text_encoder/", "text_encoder_2/", "tokenizer/", "tokenizer_2/", "transformer/", "vae/"]
+ON_REQUEST = ["image_*.png", SINGLE_FILE]
+RESULTS = ["README.md", "model_index.json", *COMPONENTS, *ON_REQUEST]  # what is pushed, beside the sheet
+SHEET_FILE, SHEET_ROWS, SHEET_CELL = "contact_sheet.jpg", 32, 256  # of validation pictures: most rows, pixels of a cell
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")  # whose versions a model card names
+
+
+def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dtype: torch.dtype) -> None:
+    """Write the whole pipeline, what was trained in `dtype`, into the output folder; called on all processes."""
+    output, partial = Path(args.output_dir), Path(args.output_dir) / f".results{PARTIAL}"
+    for model in trained.models:
+        save_weights(accelerator, model, partial, dtype)
     if accelerator.is_main_process:
-        with by_product("The model card"):
-            write_model_card(args, repo_id, describe_training(args, accelerator, pictures, state), state)
-            mark_finished(args)
-        if args.push_to_hub:
-            push_to_hub(args, repo_id)
-    accelerator.end_training()
-    logger.info(closing_summary(args, state))
+        written = [path.name for path in partial.iterdir()]
+        t5 = from_base(T5EncoderModel, args, subfolder="text_encoder_2", dtype="auto")  # as in its file
+        rest = from_base(FluxPipeline, args, text_encoder_2=t5, dtype=dtype, **dict.fromkeys(written))
+        rest.save_pretrained(partial)
+        index = json.loads((partial / "model_index.json").read_text())
+        index |= {name: FluxPipeline.load_config(args.pretrained_model_name_or_path, **hub_options(args))[name]
+                  for name in written}  # fmt: skip
+        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        clip = partial / "text_encoder" / "model.safetensors"
+        # transformers 4 would take other names for no weights, and draw with random ones; transformers 5 takes both.
+        renamed = {f"text_model.{key.removeprefix('text_model.')}": value
+                   for key, value in load(clip.read_bytes()).items()}  # fmt: skip
+        save_file(renamed, clip, {"format": "pt"})
+        if args.save_single_file:
+            shards = [load_file(path) for path in sorted((partial / "transformer").glob("*.safetensors"))]
+            whole = {name: weight.bfloat16() for shard in shards for name, weight in shard.items()}
+            save_file(whole, partial / SINGLE_FILE, {"format": "pt"})
+        for path in partial.iterdir():
+            replace_path(path, output / path.name)
+        partial.rmdir()
+    accelerator.wait_for_everyone()
+
+
+def save_weights(accelerator: Accelerator, model: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write a model's weights in `dtype` and its config into `folder/<component>`; called on all processes."""
+    state, unwrapped = whole_weights(accelerator, model, dtype), unwrap(model)
+    if not accelerator.is_main_process:
+        return
+    name = component_name(unwrapped)
+    if name == "transformer":
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(state, folder / name, filename_pattern=TRANSFORMER_FILES, max_shard_size="10GB")
+        unwrapped.save_config(folder / name)
+    else:
+        unwrapped.save_pretrained(folder / name, state_dict=state)
+
+
+def whole_weights(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The trained weights by name, in `dtype` or as trained, on the CPU of the main process; nothing on the others.
+
+    Called on all processes: what is sharded is gathered tensor by tensor.
+    """
+    weights = {}
+    for name, parameter in unwrap(model).named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from deepspeed.utils import safe_get_full_fp32_param  # optional
+
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # FSDP2's
+        if accelerator.is_main_process:
+            weights[name] = whole.detach().to("cpu", dtype)
+    return weights
+
+
+def load_results(args: Namespace, dtype: torch.dtype, device: torch.device) -> FluxPipeline:
+    """The pipeline that was saved, as a user would load it, but for T5, whose embeddings are at hand."""
+    return FluxPipeline.from_pretrained(args.output_dir, text_encoder_2=None, tokenizer_2=None, dtype=dtype)
+
+
+def draw_final_pictures(
+    args: Namespace, accelerator: Accelerator, prompts: list[PromptEmbeds], state: RunState, dtype: torch.dtype
+) -> None:
+    """Draw pictures from what was saved, which proves the files; `image_<n>.png` and the trackers."""
+    mine: dict[int, Image.Image] = {}
+    # The first machine's processes share the work: another may not see what was saved.
+    count, processes = args.num_validation_images * len(prompts), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    numbers = range(count)[accelerator.process_index :: processes]
+    if accelerator.process_index == accelerator.local_process_index and numbers:
+        pipeline = load_results(args, dtype, accelerator.device).to(accelerator.device)
+        text_encoder = pipeline.text_encoder if args.train_text_encoder else None
+        embeds = [embed_prompt(accelerator, text_encoder, prompt) for prompt in prompts]
+        # In float16 the VAE's activations overflow.
+        models = (pipeline.transformer.eval(), pipeline.vae.float() if dtype == torch.float16 else pipeline.vae)
+        mine = sample_pictures(args, accelerator, *models, embeds, state.seed, numbers, "Final pictures")
+    pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
+    if accelerator.is_main_process:
+        with warn_if_unwritable("The final pictures"):
+            for number, picture in enumerate(pictures):
+                save_picture(picture, Path(args.output_dir) / f"image_{number}.png")
+        log_pictures(accelerator, "test", pictures, state.step)
+    accelerator.wait_for_everyone()
+
+
+def final_pictures(args: Namespace) -> dict[str, str]:
+    """The files of the final pictures, and the prompt of each."""
+    prompts = [] if args.skip_final_inference else args.validation_prompt or []
+    repeated = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
+    return {f"image_{number}.png": prompt for number, prompt in enumerate(repeated)}
+
+
+def loading_code(args: Namespace, source: str, base: str) -> str:
+    """Python that loads what was trained from `source`, a folder or a repository, and draws with it."""
+    prompt = (args.validation_prompt or [args.instance_prompt or "a prompt like the captions"])[0]
+    return f"""import torch
+from diffusers import FluxPipeline
+
+pipeline = FluxPipeline.from_pretrained({json.dumps(source, ensure_ascii=False)}, torch_dtype=torch.bfloat16).to("cuda")
+image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]
+image.save("image.png")"""
+
+
+def describe_training(
+    args: Namespace, accelerator: Accelerator, pictures: dict[str, list[Picture]], state: RunState
+) -> str:
+    """Rows of the model card: what was trained on, for how long and on what; flags that differ from their defaults."""
+    read = getattr(torch.get_device_module(accelerator.device), "get_device_name", None)
+    device = read(accelerator.device) if read else accelerator.device.type.upper()
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    prompts = len({picture.prompt for picture in pictures["instance"]})
+    prior = f", {args.num_class_images} of the class" if args.with_prior_preservation else ""
+    held_out = f", {len(pictures['validation'])} held out" if "validation" in pictures else ""
+    flags = []
+    for name, value in sorted(settings(args).items()):
+        if name != "output_dir" and value not in (None, FLAG_OF[name].default):
+            path = name.endswith(("_dir", "_path", "_checkpoint")) and Path(value).is_absolute()
+            shown = str(Path(value).name if path else value)  # nobody's home folder
+            flags.append(f"    --{name}={shlex.quote(shown)}")
+    rows = [
+        f"- pictures: {len(pictures['instance'])} of the subject ({prompts} prompts){prior}{held_out}",
+        f"- {state.step} steps of {per_step} pictures each, in {tqdm.format_interval(state.seconds)}",
+        f"- {accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}, seed {state.seed}",
+        "- " + ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+    ]
+    return "\n".join([*rows, "\nFlags; all others had their defaults:\n", *(line.replace("\n", " ") for line in flags)])
+
+
+def write_model_card(
+    args: Namespace, accelerator: Accelerator, repo_id: str, pictures: dict[str, list[Picture]], state: RunState
+) -> None:
+    """Write README.md for the Hub: gallery, trigger words, code that loads the result, what was trained, licence."""
+    output, base, images = Path(args.output_dir), args.pretrained_model_name_or_path, final_pictures(args)
+    local = Path(base).exists()
+    licence = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
+    data = ModelCardData(
+        base_model=None if local else base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license="other",
+        license_name="flux-1-dev-non-commercial-license",
+        license_link=licence,
+        instance_prompt=args.instance_prompt,
+        widget=[{"text": prompt, "output": {"url": name}} for name, prompt in images.items()],
+        tags=["text-to-image", "diffusers", "diffusers-training", "flux", "flux-diffusers", "dreambooth", *TAGS],
+    )
+    clip = "CLIP was trained too" if args.train_text_encoder else "The text encoders were not trained"
+    sheet = f"![steps down, prompts across]({SHEET_FILE})\n\n" if (output / SHEET_FILE).exists() else ""
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+A DreamBooth {KIND} of {f"`{Path(base).name}`" if local else f"[{base}](https://huggingface.co/{base})"}, trained for
+{state.step} steps at {args.resolution} px. {clip}.
+
+{"<Gallery />" if images else ""}
+
+## Trigger words
+
+    {args.instance_prompt or "the words of the captions"}
+
+## Use it
+
+```python
+{loading_code(args, repo_id, Path(base).name if local else base)}
+```
+
+## Training
+
+{sheet}{describe_training(args, accelerator, pictures, state)}
+
+## Licence
+
+FLUX.1 [dev]'s: [non-commercial]({licence}).
+"""
+    partial = output / f".README.md{PARTIAL}"
+    ModelCard(text).save(partial)
+    replace_path(partial, output / "README.md")
+
+
+def closing_summary(args: Namespace, state: RunState) -> str:
+    """What a finished run says: where everything is, and the code that uses the result."""
+    output, took = Path(args.output_dir), tqdm.format_interval(state.seconds)
+    made = ", ".join(name for name in (*RESULTS, SHEET_FILE, "checkpoint-*") if any(output.glob(name)))
+    logs = "" if args.report_to == "none" else f"\n  Curves: {output / args.logging_dir}"
+    code = textwrap.indent(loading_code(args, args.output_dir, args.pretrained_model_name_or_path), "    ")
+    return f"Done: {state.step} steps in {took}. In {output}: {made}{logs}\n  To use the result:\n{code}"
+
+
+def create_repository(args: Namespace) -> str:
+    """Make the Hub's repository if need be, before anything expensive; returns its full name."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # whatever it is, the push would fail after hours
+        raise UsageError(
+            f"--push_to_hub: the Hub refused the repository {name!r}: {error}\n"
+            "  log in with `hf auth login`, give --hub_token or --hub_model_id, or leave --push_to_hub out"
+        ) from error
+
+
+def push_to_hub(args: Namespace, repo_id: str) -> None:
+    """Upload the result, the card and its pictures: no checkpoints, no logs."""
+    pushed = [*RESULTS, SHEET_FILE]
+    try:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=repo_id, folder_path=args.output_dir, allow_patterns=pushed, commit_message="End of training"
+        )
+    except Exception as error:  # whatever it is, the result must not be lost with it
+        include = " ".join(f"--include={shlex.quote(pattern)}" for pattern in pushed)
+        raise RunError(
+            f"the upload to {repo_id} failed ({error}). The result is whole in {args.output_dir}; to push again: "
+            f"hf upload {repo_id} {shlex.quote(args.output_dir)} . {include}"
+        ) from error
+    logger.info(f"Uploaded the result to {repo_id}")
+
+
+# =========================================== 15. Signals, stages, progress ============================================
+
+GIB = 1024**3
+LAUNCHER = psutil.Process().parent() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by the launcher
+LOG_SECONDS, SMOOTHED_STEPS = 30, 50  # between two lines in a log file; steps that a shown loss is the mean of
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+
+
+def launcher_is_gone() -> bool:
+    """Whether the process that launched this one has ended; False without a launcher."""
+    return LAUNCHER is not None and (psutil.Process().ppid() != LAUNCHER.pid or not LAUNCHER.is_running())
+
+
+class StopSignals:
+    """Remembers a signal that asks to stop, so that the step can end and a checkpoint be written.
+
+    SIGTERM, SIGINT, SIGUSR1 (a cluster's warning) and SIGHUP (a closed terminal) count, and so does a launcher that
+    has gone away. A second SIGINT ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> StopSignals:
+        wanted = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.previous = {number: signal.signal(number, self.remember) for number in wanted}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def remember(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # the terminal may be what has gone
+                again = "; a second ^C does not wait" if number == signal.SIGINT else ""
+                os.write(2, f"\n{self.received.name}: stopping once this step is saved{again}\n".encode())
+
+    def pending(self) -> int:
+        """The number of the signal that asks to stop, or 0."""
+        if self.received is None and launcher_is_gone():
+            self.received = signal.SIGTERM
+        return 0 if self.received is None else int(self.received)
+
+
+def ignore_signals(_: int) -> None:
+    """In the processes that load pictures: the training decides when they end."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stop_run(run: Run, number: int, saved: str) -> None:
+    """Leave after `saved` was written because of signal `number`, which another process may have got."""
+    step = run.state.step
+    number = max(gather_object([number]))
+    logger.warning(
+        f"Stopped by {signal.Signals(number).name} at step {step}; {saved} is saved. "
+        "To go on: the same command with --resume_from_checkpoint=latest"
+    )
+    run.accelerator.end_training()
+    if launcher_is_gone():  # with it went torch's store, which the process may wait for at its end
+        sys.stdout.flush()
+        os._exit(128 + number)
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def stage(args: Namespace, accelerator: Accelerator, name: str) -> Iterator[None]:
+    """Announce a stage; when it ends, return freed memory to the device and log time and peak memory."""
+    gc.collect()  # wrapped models are cycles: the last stage's would stand beside what this one loads
+    logger.info(name)
+    reset = getattr(torch.get_device_module(accelerator.device), "reset_peak_memory_stats", None)
+    if reset is not None:
+        reset(accelerator.device)
+    start = time.perf_counter()
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        used = ", ".join(f"{key} {value:.2f} GiB" for key, value in peak_memory(accelerator.device).items())
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise RunError(
+            f"out of memory while: {name} ({used}; {reason}). To use less: --gradient_checkpointing, --cache_latents, "
+            f"--mixed_precision=bf16, {LESS_MEMORY}, smaller --train_batch_size, --sample_batch_size or --resolution; "
+            "`python tools/memory_plan.py` with this command says which of them fit"
+        ) from error
+    clear_device_cache(garbage_collection=True)
+    memory = peak_memory(accelerator.device).items()
+    peak = ", ".join(f"{key.replace('_', ' ')} {value:.2f} GiB" for key, value in memory)
+    logger.info(f"{name}: {time.perf_counter() - start:.1f} s, {peak}")
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Highest use so far in GiB: of the device since the stage began, where it can say, and of this process."""
+    try:
+        import resource  # not on Windows; psutil knows the peak only there
+
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        memory = psutil.Process().memory_info()
+        host = getattr(memory, "peak_wset", memory.rss)
+    peak = {"peak_host_memory": host / GIB}
+    read = getattr(torch.get_device_module(device), "memory_stats", None)
+    # Active, not allocated: what a stream still reads has been given back by name only.
+    return peak if read is None else peak | {"peak_device_memory": read(device).get("active_bytes.all.peak", 0) / GIB}
+
+
+class Progress:
+    """The line by which a training is watched: redrawn on a terminal; in a log file, a new one every LOG_SECONDS."""
+
+    def __init__(self, run: Run, schedule: MicroBatches) -> None:
+        self.state, self.schedule, self.last_line = run.state, schedule, -math.inf
+        self.recent: deque[dict[str, float]] = deque(maxlen=SMOOTHED_STEPS)
+        hidden = not run.accelerator.is_local_main_process or None  # None: where there is no terminal
+        form, last = "{percentage:3.0f}%|{bar:10}| {desc}", schedule.last_step
+        self.bar = tqdm(initial=run.state.step, total=last, bar_format=form, dynamic_ncols=True, disable=hidden)
+
+    def update(self, values: dict[str, float]) -> None:
+        """Show what `log_step` returned for a step; loss and seconds are means of the last SMOOTHED_STEPS."""
+        self.recent.append(values)
+        loss, seconds = (sum(past[name] for past in self.recent) / len(self.recent) for name in ("loss", "step_time"))
+        step, last = self.state.step, self.schedule.last_step
+        text = (
+            f"step {step}/{last}, {tqdm.format_interval(seconds * (last - step))} left, "
+            f"epoch {math.ceil(step / self.schedule.steps_per_epoch)}, loss {loss:.4f}, lr {values['lr']:.2g}, "
+            f"{seconds:.2f} s/step, {values.get('peak_device_memory', values['peak_host_memory']):.1f} GiB"
+        )
+        self.bar.set_description_str(text, refresh=False)
+        with contextlib.suppress(OSError):  # a terminal that has gone
+            self.bar.update()
+        if self.bar.disable and (step == last or time.monotonic() - self.last_line >= LOG_SECONDS):
+            logger.info(text)
+            self.last_line = time.monotonic()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.close()
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def picture_latents(path: Path, vae: Any) -> torch.Tensor:
     with Image.open(path) as stored:
         image = script.to_rgb(stored)
     size = (SIDE, SIDE)
-    view = script.draw_view(*script.resized_size(*image.size, size), size, True, False, torch.Generator())
-    mean = script.encode_pixels(vae, script.to_pixels(image, size, view, "lanczos")[None]).mean
+    crop = script.draw_crop(image.size, size, argparse.Namespace(), None)
+    mean = script.encode_pixels(vae, script.to_pixels(script.crop_picture(image, crop, "lanczos"))[None]).mean
     return script.pack_latents((mean - vae.config.shift_factor) * vae.config.scaling_factor)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import random_flux
-from benchmarks.memory_plan import GIB, Plan, load_models, load_script, plan_stages
+from tools.memory_plan import GIB, Plan, load_models, load_script, plan_stages
 
 ROOT = Path(__file__).parent.parent
 COMMON = [

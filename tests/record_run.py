@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed.run
 from accelerate import Accelerator
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -33,22 +34,22 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
     record: dict[str, Any] = {"micro_batches": [], "logged": []}
     reads: list[bool] = []
     collate, training_loss, save_results = script.collate, script.training_loss, script.save_results
-    load_frozen_transformer = script.load_frozen_transformer
+    load_base = script.load_base
 
     def record_keys(examples: list[dict[str, Any]]) -> dict[str, Any]:
         record["micro_batches"].append({"keys": [example["key"]._asdict() for example in examples]})
         batch: dict[str, Any] = collate(examples)
         return batch
 
-    def record_inputs(transformer: Any, *validation: Any, **inputs: Any) -> Any:
-        if inputs:
-            numbers = {name: inputs[name].flatten(1).sum(1).tolist() for name in ("noise", "latents")}
-            record["micro_batches"][-1].update(numbers, sigmas=inputs["sigmas"].tolist())
-        return training_loss(transformer, *validation, **inputs)
+    def record_inputs(transformer: Any, inputs: Any) -> Any:
+        if torch.is_grad_enabled():  # else it is the validation's
+            numbers = {name: getattr(inputs, name).flatten(1).sum(1).tolist() for name in ("noise", "latents")}
+            record["micro_batches"][-1].update(numbers, sigmas=inputs.sigmas.tolist())
+        return training_loss(transformer, inputs)
 
     def record_read(*args: Any) -> Any:
         reads.append(True)
-        return load_frozen_transformer(*args)
+        return load_base(*args)
 
     def record_result(args: Any, accelerator: Any, trained: Any, dtype: Any) -> None:
         record["reads"] = reads.count(True)
@@ -65,7 +66,7 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
         patch.setattr(script, "collate", record_keys)
         patch.setattr(script, "training_loss", record_inputs)
         patch.setattr(script, "save_results", record_result)
-        patch.setattr(script, "load_frozen_transformer", record_read)
+        patch.setattr(script, "load_base", record_read)
         patch.setattr(Accelerator, "log", lambda self, values, *_, **__: record["logged"].append(values))
         script.main(script.parse_args(argv))
     return record

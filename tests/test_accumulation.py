@@ -135,10 +135,10 @@ def test_every_picture_draws_its_own_noise_and_sigma_anew_in_every_epoch(
 ) -> None:
     noise, sigmas, training_loss = list[float](), list[float](), script.training_loss
 
-    def record(transformer: Any, **inputs: Any) -> Tensor:
-        noise.extend(inputs["noise"].flatten(1).sum(1).tolist())
-        sigmas.extend(inputs["sigmas"].tolist())
-        return training_loss(transformer, **inputs)
+    def record(transformer: Any, inputs: Any) -> Tensor:
+        noise.extend(inputs.noise.flatten(1).sum(1).tolist())
+        sigmas.extend(inputs.sigmas.tolist())
+        return training_loss(transformer, inputs)
 
     monkeypatch.setattr(script, "training_loss", record)
     run(script, *prior_flags, "--train_batch_size=2", "--max_train_steps=6")
@@ -163,16 +163,16 @@ def test_each_half_of_a_batch_has_its_own_pictures_and_prompt(
     prior_flags: list[str],
     cache: list[str],
 ) -> None:
-    drawn, steps = list[Tensor](), list[dict[str, Any]]()
+    drawn, steps = list[Tensor](), list[Any]()
     sample_latents, training_loss = script.sample_latents, script.training_loss
 
     def record_latents(distribution: Any, *numbers: Any) -> Tensor:
         drawn.append(distribution.mean)
         return sample_latents(distribution, *numbers)
 
-    def record_step(transformer: Any, **inputs: Any) -> Tensor:
+    def record_step(transformer: Any, inputs: Any) -> Tensor:
         steps.append(inputs)
-        return training_loss(transformer, **inputs)
+        return training_loss(transformer, inputs)
 
     monkeypatch.setattr(script, "sample_latents", record_latents)
     monkeypatch.setattr(script, "training_loss", record_step)
@@ -192,5 +192,5 @@ def test_each_half_of_a_batch_has_its_own_pictures_and_prompt(
         for place, latent in enumerate(latents):
             prompt_embeds, pooled_prompt_embeds, _ = texts[place // half]
             torch.testing.assert_close(latent, means[place // half], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(inputs["prompt_embeds"][place], prompt_embeds[0], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(inputs["pooled_prompt_embeds"][place], pooled_prompt_embeds[0])
+            torch.testing.assert_close(inputs.prompt_embeds[place], prompt_embeds[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(inputs.pooled_prompt_embeds[place], pooled_prompt_embeds[0])

@@ -83,6 +83,7 @@ def test_values_are_read_as_the_type_of_the_list(script: ModuleType) -> None:
     got: dict[str, Any] = {}
     wanted: dict[str, Any] = {}
     value: Any
+    several = [flag.name for flag in script.FLAG_OF.values() if flag.kind is list]  # may be given more than once
     for row in rows(script):
         flag = row["flag"]
         if row.get("action") == "store_true":
@@ -93,7 +94,7 @@ def test_values_are_read_as_the_type_of_the_list(script: ModuleType) -> None:
             argv, value = [flag, allowed[0]], allowed[0]
         else:
             text, value = values[row["type"]]
-            argv = [flag, text]
+            argv, value = [flag, text], [value] if flag in several else value
         got[flag], wanted[flag] = parsed(script, *argv)[dest(flag)], value
     assert got == wanted
     assert {flag: type(value) for flag, value in got.items()} == {flag: type(value) for flag, value in wanted.items()}
@@ -163,10 +164,10 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("--instance_data_dir=", ["--instance_data_dir", "--dataset_name"]),
     ("--dataset_name=dogs", ["--instance_data_dir", "--dataset_name"]),
     ("--instance_prompt=", ["--instance_prompt", "--caption_column", "--caption_extension"]),
-    ("--caption_column=text --caption_extension=.txt", ["--caption_extension", "--caption_column"]),
+    ("--caption_column=text", ["--caption_column", "--dataset_name", "metadata.jsonl", "--caption_extension"]),
     (
         "--instance_data_dir= --dataset_name=dogs --caption_extension=.txt",
-        ["--caption_extension", "--instance_data_dir"],
+        ["--caption_extension", "--instance_data_dir", "--caption_column"],
     ),
     ("--caption_extension=txt", ["--caption_extension", "'txt'", ".txt"]),
     ("--aspect_ratio_buckets=wide", ["--aspect_ratio_buckets", "'wide'", "auto", "16"]),
@@ -188,7 +189,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("--lr_scheduler=piecewise_constant", ["--lr_scheduler=piecewise_constant", "--lr_step_rules"]),
     ("--lr_scheduler=piecewise_constant --lr_step_rules=1:ten,0.1", ["--lr_step_rules", "1:ten,0.1"]),
     ("--hub_model_id=a/b/c", ["--hub_model_id", "a/b/c"]),
-    ("--resolution=500", ["--resolution", "500", "16", "496"]),
+    ("--resolution=500", ["--resolution", "500", "16"]),
     ("--resolution=8", ["--resolution", "8", "16"]),
     ("--resolution=0", ["--resolution", "0", "16"]),
     ("--resolution=-512", ["--resolution", "-512", "16"]),
@@ -217,7 +218,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("--adam_epsilon=-0.1", ["--adam_epsilon", "-0.1", "0 or more"]),
     ("--max_grad_norm=-0.1", ["--max_grad_norm", "-0.1", "0 or more"]),
     ("--adam_beta1=1", ["--adam_beta1", "1.0", "below 1"]),
-    ("--adam_beta2=-0.1", ["--adam_beta2", "-0.1", "from 0"]),
+    ("--adam_beta2=-0.1", ["--adam_beta2", "-0.1", "0 or more"]),
     ("--prodigy_beta3=1.5", ["--prodigy_beta3", "1.5", "below 1"]),
     ("--ema_decay=1", ["--ema_decay", "1.0", "below 1"]),
     ("--logit_std=0", ["--logit_std", "0.0", "above 0"]),
@@ -277,7 +278,7 @@ def test_packages_that_no_flag_needs_may_be_missing(script: ModuleType, monkeypa
 def test_all_mistakes_are_told_at_once(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(script, capsys, "--repeats=0", "--optimizer=sgd", "--resolution=500", "--with_prior_preservation")
     told = [line for line in message.splitlines() if line.strip()]
-    assert len(told) == 6  # and the one that points to --help
+    assert len(told) == 5
     for flag in ("--repeats", "--optimizer", "--resolution", "--class_data_dir", "--class_prompt"):
         assert sum(flag in line for line in told) == 1
 

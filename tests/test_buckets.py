@@ -177,7 +177,7 @@ def buckets(script: ModuleType) -> list[tuple[int, int]]:
 def test_every_picture_is_trained_once_an_epoch(script: ModuleType, buckets: Any) -> None:
     for split in SPLITS:
         keys = [key for step in steps(script, buckets, split) for batch in itertools.chain(*step) for key in batch]
-        trained = [key for key in keys if key.weight]
+        trained = [key for key in keys if key.loss_weight]
         wanted = list(itertools.product(range(2), range(50)))
         assert sorted((key.epoch, key.example) for key in trained) == wanted, split
         assert sorted((key.epoch, key.position) for key in trained) == wanted, split
@@ -190,7 +190,7 @@ def test_a_micro_batch_is_of_one_bucket_and_small_only_where_its_bucket_ends(scr
             for batch in itertools.chain(*step):
                 (bucket,) = {buckets[key.example] for key in batch}
                 assert len(batch) <= split[0], split
-                small[bucket] += len(batch) < split[0] and batch[0].weight > 0
+                small[bucket] += len(batch) < split[0] and batch[0].loss_weight > 0
         assert max(small.values()) <= 1, split
 
 
@@ -200,9 +200,9 @@ def test_the_weights_of_a_step_are_equal_and_sum_to_one_and_processes_do_equally
     for split in SPLITS:
         for step in steps(script, buckets, split):
             batches = [batch for own in step for batch in own]
-            examples = sum(len(batch) for batch in batches if batch[0].weight)
-            assert {key.weight for batch in batches for key in batch} <= {0.0, 1 / examples}, split
-            assert all(len(batch) == 1 for batch in batches if batch[0].weight == 0), split
+            examples = sum(len(batch) for batch in batches if batch[0].loss_weight)
+            assert {key.loss_weight for batch in batches for key in batch} <= {0.0, 1 / examples}, split
+            assert all(len(batch) == 1 for batch in batches if batch[0].loss_weight == 0), split
             assert len({len(own) for own in step}) == 1 and len(step[0]) <= split[1], split
             for own in step:
                 assert [{key.last for key in batch} for batch in own] == [{False}] * (len(own) - 1) + [{True}], split

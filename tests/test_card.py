@@ -21,11 +21,6 @@ DRAWN = (*(f"--validation_prompt={prompt}" for prompt in PROMPTS), "--num_valida
 DRAWN += ("--validation_num_inference_steps=1",)
 
 
-def table(card: ModelCard) -> dict[str, str]:
-    rows = re.findall(r"^\| (.*?) \| (.*) \|$", card.text, re.MULTILINE)
-    return dict(rows[1:])
-
-
 @both_scripts
 def test_the_card_is_what_the_hub_takes(script: ModuleType, run: Run, hub: HubState) -> None:
     output = run(script, *DRAWN)
@@ -63,21 +58,20 @@ def test_the_card_tells_of_data_steps_hardware_versions_and_flags(script: Module
     class_dir = tmp_path / "class"
     flags = ["--with_prior_preservation", "--class_prompt=a dog", f"--class_data_dir={class_dir}"]
     output = run(script, *DRAWN, *flags, "--num_class_images=2", "--gradient_accumulation_steps=2", "--repeats=3")
-    rows = table(ModelCard.load(output / "README.md"))
-    assert rows["pictures of the subject"] == "5 (1 prompts)" and rows["pictures of the class"] == "2"
-    assert rows["steps"] == "2, of 2 pictures each" and re.fullmatch(r"\d\d:\d\d", rows["time of the steps"])
-    assert rows["hardware"] == "1 x CPU"
-    assert all(f"{name} {version(name)}" in rows["versions"] for name in ("torch", "diffusers"))
-    flags_told = {name.strip("`-") for name in rows if name.startswith("`--")}
+    text = (output / "README.md").read_text().split("## Training")[1]
+    assert "5 of the subject (1 prompts), 2 of the class" in text and "2 steps of 2 pictures each, in 00:0" in text
+    assert "1 x CPU, mixed precision no, seed 0" in text
+    assert all(f"{name} {version(name)}" in text for name in ("torch", "diffusers"))
+    flags_told = set(re.findall(r"^    --(\w+)=", text, re.MULTILINE))
     changed = {"gradient_accumulation_steps", "repeats", "num_class_images", "seed", "resolution", "validation_prompt"}
     assert changed <= flags_told and not {"adam_beta1", "rank", "output_dir", "hub_token"} & flags_told
-    assert flags_told <= {action.dest for action in script.make_parser()._actions}
+    assert flags_told <= script.FLAG_OF.keys()
 
 
 def test_the_card_tells_no_path_of_this_machine(script: ModuleType, run: Run, tmp_path: Path) -> None:
     text = (run(script, *DRAWN, "--train_text_encoder") / "README.md").read_text()
     settings = text.split("## Training")[1]
-    assert str(tmp_path.parent) not in settings and "| `--instance_data_dir` |" in settings
+    assert str(tmp_path.parent) not in settings and "--instance_data_dir=" in settings
 
 
 def test_the_card_shows_only_pictures_that_exist(script: ModuleType, run: Run) -> None:

@@ -112,7 +112,7 @@ def test_every_prompt_stays_with_its_picture(
     for batch in pairs(script, dataset, split, workers):
         for prompt, pixels in zip(batch["prompts"], batch["pixels"], strict=True):
             assert named_colour(prompt) == seen_colour(pixels)
-        weights = [key.weight for key in batch["keys"]]
+        weights = [key.loss_weight for key in batch["keys"]]
         counts.update(prompt for prompt, weight in zip(batch["prompts"], weights * 2, strict=True) if weight)
     assert {prompt: count for prompt, count in counts.items() if "sks" in prompt} == {
         picture.prompt: 2 * repeats for picture in instance
@@ -130,7 +130,7 @@ def test_a_batch_holds_the_instance_pictures_and_then_the_class_pictures(script:
         ]
         assert batch["prompts"] == wanted
         assert batch["pixels"].shape == (2 * len(examples), 3, 16, 16)
-        assert batch["weights"].tolist() == pytest.approx([1 / len(examples)] * len(examples))
+        assert batch["loss_weights"].tolist() == pytest.approx([1 / len(examples)] * len(examples))
 
 
 @pytest.mark.parametrize(("instances", "classes"), [(2, 7), (7, 2), (4, 4)])
@@ -206,7 +206,9 @@ def test_processes_share_the_encoding_and_end_with_the_same_cache(
         script.cache_latents(stand_in, vae, dataset)
     assert sorted(key for dataset in together for key in dataset.cached) == sorted(alone.cached)
     for dataset in together:
-        assert all(torch.equal(dataset.cached[key].mean, alone.cached[key].mean) for key in dataset.cached)
+        assert all(
+            torch.equal(held["latents"].mean, alone.cached[key]["latents"].mean) for key, held in dataset.cached.items()
+        )
 
 
 def encodings(monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> list[Tensor]:
@@ -317,7 +319,7 @@ def test_with_cached_latents_repeats_have_crops_and_flips_of_their_own(
     seen = [view_of(pixels[0]) for pixels in calls]
     assert len(seen) == len(set(seen)) > 12
     assert {flip for _, flip in seen} == {False, True}
-    assert len({mean.numpy().tobytes() for mean, _ in dataset.cached.values()}) == len(seen)
+    assert len({held["latents"].mean.numpy().tobytes() for held in dataset.cached.values()}) == len(seen)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -333,17 +335,19 @@ def number_of(prompt: str) -> float:
 def cache_numbers(script: ModuleType, dataset: Any, deviation: float) -> None:
     """Instead of latents: the number of the prompt, spread by `deviation`."""
     dataset.cached = {
-        (half, index, (16, 16)): script.LatentDistribution(
-            torch.full((16, 4, 4), number_of(picture.prompt)), torch.full((16, 4, 4), deviation)
-        )
-        for half, pictures in dataset.halves.items()
+        (source, index, (16, 16)): {
+            "latents": script.LatentDistribution(
+                torch.full((16, 4, 4), number_of(picture.prompt)), torch.full((16, 4, 4), deviation)
+            )
+        }
+        for source, pictures in dataset.sources.items()
         for index, picture in enumerate(pictures)
     }
 
 
 def step_inputs(
     script: ModuleType, dataset: Any, batch: dict[str, Any], seed: int = 0, vae: AutoencoderKL | None = None
-) -> dict[str, Any]:
+) -> Any:
     """What the model gets of a batch, each prompt being embedded as its number."""
     prompts = {
         prompt: script.PromptEmbeds(
@@ -353,7 +357,7 @@ def step_inputs(
     }
     transformer: Any = nn.Identity()
     transformer.config = SimpleNamespace(guidance_embeds=True)
-    data = script.TrainingData(dataset, prompts, vae, SHIFT, SCALE, validation=[], facts={})
+    data = script.TrainingData(dataset, prompts, vae, SHIFT, SCALE, validation=[], metadata={})
     models = script.Trained(transformer, None, None, None)
     run = script.Run(flags(script), Accelerator(), data, models, script.RunState(0, seed))
     return script.prepare_inputs(run, batch, torch.linspace(1, 0.001, 1000))
@@ -373,10 +377,10 @@ def test_latents_embeddings_and_pooled_vectors_of_a_step_belong_together(script:
     for batch in pairs(script, cached, (2, 1, 2)):
         inputs = step_inputs(script, cached, batch)
         numbers = torch.tensor([number_of(prompt) for prompt in batch["prompts"]])
-        assert torch.equal(inputs["prompt_embeds"], numbers.view(-1, 1, 1).expand(-1, 4, 8))
-        assert torch.equal(inputs["pooled_prompt_embeds"], numbers.view(-1, 1).expand(-1, 8))
+        assert torch.equal(inputs.prompt_embeds, numbers.view(-1, 1, 1).expand(-1, 4, 8))
+        assert torch.equal(inputs.pooled_prompt_embeds, numbers.view(-1, 1).expand(-1, 8))
         scaled = (numbers - SHIFT) * SCALE
-        assert torch.allclose(inputs["latents"], scaled.view(-1, 1, 1, 1).expand(-1, 16, 4, 4))
+        assert torch.allclose(inputs.latents, scaled.view(-1, 1, 1, 1).expand(-1, 16, 4, 4))
 
 
 def test_pictures_are_encoded_at_each_step_without_a_cache(
@@ -389,14 +393,14 @@ def test_pictures_are_encoded_at_each_step_without_a_cache(
     live = step_inputs(script, dataset, batch, vae=vae)
     script.cache_latents(Accelerator(), vae, dataset)
     (from_cache,) = pairs(script, dataset, (3, 1, 1), epochs=1)
-    assert torch.allclose(live["latents"], step_inputs(script, dataset, from_cache)["latents"], atol=1e-5)
+    assert torch.allclose(live.latents, step_inputs(script, dataset, from_cache).latents, atol=1e-5)
 
 
 def test_the_posterior_is_sampled_anew_at_each_step(script: ModuleType, cached: Any) -> None:
     cache_numbers(script, cached, deviation=1.0)
     draws = []
     for batch in pairs(script, cached, (5, 1, 1), epochs=8):
-        latents = step_inputs(script, cached, batch)["latents"]
+        latents = step_inputs(script, cached, batch).latents
         numbers = torch.tensor([number_of(prompt) for prompt in batch["prompts"]])
         draws += list((latents / SCALE + SHIFT - numbers.view(-1, 1, 1, 1)).flatten(1))
     assert len(draws) == 80
@@ -409,7 +413,7 @@ def test_the_draw_is_spread_by_the_posteriors_deviation(script: ModuleType, cach
     sampled = {}
     for deviation in (0.0, 1.0, 3.0):
         cache_numbers(script, cached, deviation)
-        sampled[deviation] = step_inputs(script, cached, pairs(script, cached)[0])["latents"]
+        sampled[deviation] = step_inputs(script, cached, pairs(script, cached)[0]).latents
     one, three = sampled[1.0] - sampled[0.0], sampled[3.0] - sampled[0.0]
     assert torch.allclose(three, 3 * one, atol=1e-4) and one.std() > 0.9 * SCALE
 
@@ -418,9 +422,9 @@ def test_the_noise_is_not_that_of_the_posterior(script: ModuleType, cached: Any)
     plain = step_inputs(script, cached, pairs(script, cached)[0])
     cache_numbers(script, cached, deviation=1.0)
     inputs = step_inputs(script, cached, pairs(script, cached)[0])
-    both = torch.stack([inputs["noise"].flatten(), (inputs["latents"] - plain["latents"]).flatten()])
+    both = torch.stack([inputs.noise.flatten(), (inputs.latents - plain.latents).flatten()])
     assert abs(torch.corrcoef(both)[0, 1]) < 0.2
-    assert torch.equal(inputs["noise"], plain["noise"])
+    assert torch.equal(inputs.noise, plain.noise)
 
 
 def drawn_at(script: ModuleType, dataset: Any, split: tuple[int, int, int], seed: int) -> dict[Any, tuple[bytes, ...]]:
@@ -428,10 +432,10 @@ def drawn_at(script: ModuleType, dataset: Any, split: tuple[int, int, int], seed
     found: dict[Any, tuple[bytes, ...]] = {}
     for batch in pairs(script, dataset, split):
         inputs = step_inputs(script, dataset, batch, seed)
-        places = [(half, *key[:2], key.weight) for half in ("instance", "class") for key in batch["keys"]]
+        places = [(half, *key[:2], key.loss_weight) for half in ("instance", "class") for key in batch["keys"]]
         for row, (*place, weight) in enumerate(places):
             if weight:
-                rows = (inputs[name][row] for name in ("noise", "sigmas", "latents"))
+                rows = (getattr(inputs, name)[row] for name in ("noise", "sigmas", "latents"))
                 found[tuple(place)] = tuple(tensor.numpy().tobytes() for tensor in rows)
     return found
 
@@ -478,7 +482,7 @@ def test_captions_of_an_image_folder_stay_with_their_pictures(script: ModuleType
     for batch in pairs(script, dataset, (2, 1, 2), workers=2):
         for prompt, pixels, key in zip(batch["prompts"], batch["pixels"], batch["keys"], strict=True):
             assert named_colour(prompt) == seen_colour(pixels)
-            seen += [prompt] if key.weight else []
+            seen += [prompt] if key.loss_weight else []
     assert Counter(seen) == Counter({picture.prompt: 4 for picture in found})
 
 

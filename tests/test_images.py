@@ -202,56 +202,69 @@ def test_resizing_keeps_the_aspect_to_a_pixel(script: ModuleType) -> None:
         assert (resized[0] >= resized[1]) == (width >= height)
 
 
+def drawn_crop(script: ModuleType, size: tuple[int, int], key: Any = "a", **flags: bool) -> Any:
+    """The crop to 32 x 32 of a picture of `size` that a generator of `key` draws."""
+    args = argparse.Namespace(**{"center_crop": False, "random_flip": False} | flags)
+    return script.draw_crop(size, (32, 32), args, script.generator_for(key))
+
+
+def cropped_pixels(script: ModuleType, image: Image.Image, size: tuple[int, int], at: Any, mode: str) -> torch.Tensor:
+    """The pixels of a picture cropped to `size` at a corner, and mirrored or not."""
+    pixels: torch.Tensor = script.to_pixels(script.crop_picture(image, script.Crop(size, *at), mode))
+    return pixels
+
+
 def test_a_centre_crop_leaves_the_same_on_both_sides(script: ModuleType) -> None:
     for size, corner in (((64, 32), (16, 0)), ((32, 64), (0, 16)), ((32, 32), (0, 0))):
-        view = script.draw_view(*size, (32, 32), True, False, script.generator_for("a"))
-        assert (view.left, view.top) == corner, size
+        crop = drawn_crop(script, size, center_crop=True)
+        assert (crop.left, crop.top) == corner, size
+        assert crop == script.draw_crop(size, (32, 32), argparse.Namespace(), None)  # as the validation loss sees it
 
 
 def test_a_centre_crop_of_an_odd_side_is_half_a_pixel_off(script: ModuleType) -> None:
     for width in (33, 35, 101):
-        view = script.draw_view(width, 32, (32, 32), True, False, script.generator_for("a"))
-        assert abs(view.left - (width - 32) / 2) == 0.5
+        crop = drawn_crop(script, (width, 32), center_crop=True)
+        assert abs(crop.left - (width - 32) / 2) == 0.5
 
 
 def test_random_crops_lie_inside_and_reach_every_place(script: ModuleType) -> None:
-    views = [script.draw_view(35, 33, (32, 32), False, False, script.generator_for(key)) for key in range(200)]
-    assert {view.left for view in views} == {0, 1, 2, 3}
-    assert {view.top for view in views} == {0, 1}
-    assert not any(view.flip for view in views)
+    wide, tall = ([drawn_crop(script, size, key) for key in range(200)] for size in ((35, 32), (64, 66)))
+    assert {crop.left for crop in wide} == {0, 1, 2, 3} and {crop.top for crop in wide} == {0}
+    assert {crop.left for crop in tall} == {0} and {crop.top for crop in tall} == {0, 1}
+    assert not any(crop.flip for crop in wide + tall)
 
 
 @pytest.mark.parametrize("center_crop", [True, False])
 def test_half_of_the_pictures_are_mirrored(script: ModuleType, center_crop: bool) -> None:
-    views = [script.draw_view(48, 32, (32, 32), center_crop, True, script.generator_for(key)) for key in range(400)]
-    assert abs(sum(view.flip for view in views) - 200) < 50  # five standard deviations
+    crops = [drawn_crop(script, (48, 32), key, center_crop=center_crop, random_flip=True) for key in range(400)]
+    assert abs(sum(crop.flip for crop in crops) - 200) < 50  # five standard deviations
 
 
 def test_pixels_run_from_minus_one_to_one(script: ModuleType) -> None:
-    pixels = script.to_pixels(Image.fromarray(grey(RAMP)), (16, 16), script.View(0, 0, False), "lanczos")
+    pixels = script.to_pixels(Image.fromarray(grey(RAMP)))
     assert pixels.dtype == torch.float32 and pixels.shape == (3, 16, 16)
     expected = (np.arange(256) - 127.5) / 127.5
     assert np.abs(pixels[1].reshape(-1).numpy() - expected).max() < 1e-6
     assert pixels.min() == -1 and pixels.max() == 1
 
 
-def test_the_view_is_what_is_seen(script: ModuleType) -> None:
+def test_the_crop_is_what_is_trained(script: ModuleType) -> None:
     colours = np.random.default_rng(2).integers(0, 256, (16, 24, 3), dtype=np.uint8)
-    seen = script.to_pixels(Image.fromarray(colours), (16, 16), script.View(5, 0, False), "bicubic")
+    seen = cropped_pixels(script, Image.fromarray(colours), (16, 16), (5, 0, False), "bicubic")
     assert np.abs(seen.permute(1, 2, 0).numpy() - (colours[:, 5:21] / 127.5 - 1)).max() < 1e-6
 
 
 def test_a_flip_mirrors_left_and_right(script: ModuleType) -> None:
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 30, 3), dtype=np.uint8))
-    plain, mirrored = (script.to_pixels(image, (16, 16), script.View(0, 3, flip), "bilinear") for flip in (False, True))
+    plain, mirrored = (cropped_pixels(script, image, (16, 16), (0, 3, flip), "bilinear") for flip in (False, True))
     assert np.array_equal(mirrored.numpy(), plain.numpy()[..., ::-1])
 
 
 def test_the_centre_of_the_picture_is_trained(script: ModuleType) -> None:
     colours = np.zeros((32, 96, 3), np.uint8)
     colours[:, 32:64] = 255
-    view = script.draw_view(96, 32, (32, 32), True, False, script.generator_for("a"))
-    assert script.to_pixels(Image.fromarray(colours), (32, 32), view, "nearest").min() == 1
+    crop = drawn_crop(script, (96, 32), center_crop=True)
+    assert script.to_pixels(script.crop_picture(Image.fromarray(colours), crop, "nearest")).min() == 1
 
 
 def sinc(x: float) -> float:
@@ -292,7 +305,7 @@ def test_the_interpolation_mode_is_the_filter_of_that_name(script: ModuleType) -
         matrix = shrinking_matrix(mode, 48, 16)
         across = np.einsum("nw,hwc->hnc", matrix, colours).round().clip(0, 255)  # Pillow rounds in between as well
         expected = np.einsum("nh,hwc->nwc", matrix, across).clip(0, 255)
-        pixels = script.to_pixels(Image.fromarray(colours), (16, 16), script.View(0, 0, False), mode)
+        pixels = cropped_pixels(script, Image.fromarray(colours), (16, 16), (0, 0, False), mode)
         got = (pixels.permute(1, 2, 0).numpy() + 1) * 127.5
         assert np.abs(got - expected).max() <= 1.5, mode  # the two roundings
 
@@ -380,21 +393,6 @@ def test_the_report_tells_how_much_of_each_picture_the_crop_loses(
     # 32 of 80 rows, 32 of 42 columns, everything; the worst first
     shares = f"{folder}/tall.png 60.0 %, {folder}/wide.png 23.8 %, {folder}/square.png 0.0 %"
     assert others == [f"32x32: 3, cropped by 27.9 %: {shares}"]
-
-
-def test_a_picture_that_is_there_twice_in_other_files_is_reported(
-    script: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rng = np.random.default_rng(0)
-    for name in ("a", "b", "c"):
-        coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
-        coarse.resize((300, 200), Image.Resampling.BICUBIC).save(tmp_path / f"{name}.png")
-    with Image.open(tmp_path / "b.png") as image:
-        again = image.crop((2, 3, 296, 198)).resize((150, 100)).point(lambda value: value * 0.8 + 20)
-        again.save(tmp_path / "z.jpg", quality=60)
-        assert script.difference_hash(image) != script.difference_hash(again)
-    lines = [line for line in report(script, tmp_path, caplog, 32) if "duplicates" in line]
-    assert lines == [f"near duplicates: {tmp_path.name}/b.png = {tmp_path.name}/z.jpg"]
 
 
 def test_long_lists_of_a_report_are_cut_and_counted(script: ModuleType) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import train_dreambooth_flux as full
 import train_dreambooth_lora_flux as lora
-from benchmarks import memory_plan
+from tools import memory_plan
 from conftest import Run, one_script
 
 pytestmark = one_script

@@ -94,8 +94,9 @@ def test_a_bf16_run_computes_in_bf16_from_float32_latents_and_sigmas(
 ) -> None:
     given, computed = set[torch.dtype](), set[torch.dtype]()
 
-    def look(transformer: Any, **inputs: Any) -> None:
-        given.update(inputs[name].dtype for name in ("latents", "noise", "sigmas", "guidance", "weights"))
+    def look(transformer: Any, inputs: Any) -> None:
+        names = ("latents", "noise", "sigmas", "guidance", "loss_weights")
+        given.update(getattr(inputs, name).dtype for name in names)
         transformer.proj_out.register_forward_hook(lambda module, arguments, output: computed.add(output.dtype))
 
     spy(monkeypatch, script, "training_loss", look)
@@ -242,7 +243,7 @@ def test_the_class_pictures_pipeline_is_gone_before_prompts_are_encoded(
 ) -> None:
     found: list[tuple[set[str], list[str]]] = []
     spy(monkeypatch, script, "encode_prompts", lambda *_: found.append((set(made), alive(made))))
-    spy(monkeypatch, script, "load_frozen_transformer", lambda *_: found.append((set(made), alive(made))))
+    spy(monkeypatch, script, "load_base", lambda *_: found.append((set(made), alive(made))))
     flags = ["--class_prompt=a dog", f"--class_data_dir={tmp_path / 'class'}", "--num_class_images=1"]
     run(script, "--with_prior_preservation", *flags)
     encoders = {"T5EncoderModel", "CLIPTextModel"}
@@ -350,8 +351,8 @@ def breaking(script: ModuleType, at: int, spoil: Callable[[Tensor, Tensor], Tens
     """`training_loss`, spoilt at its call number `at`, with what a trained weight gives for it."""
     training_loss, calls = script.training_loss, iter(range(1, 1000))
 
-    def call(transformer: nn.Module, **inputs: Any) -> Tensor:
-        loss: Tensor = training_loss(transformer, **inputs)
+    def call(transformer: nn.Module, inputs: Any) -> Tensor:
+        loss: Tensor = training_loss(transformer, inputs)
         weight = next(value for value in transformer.parameters() if value.requires_grad)
         return spoil(loss, weight) if next(calls) == at else loss
 

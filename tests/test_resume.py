@@ -265,7 +265,11 @@ def test_every_change_that_changes_the_run_is_named_in_a_warning(
     run(script, "--max_train_steps=1", "--checkpointing_steps=1")
     caplog.clear()
     run(script, "--resume_from_checkpoint=latest", *HARMLESS, *TELLING)
-    named = [message.split(": ", 1)[1] for message in warnings_of(caplog) if "Changed since checkpoint-1" in message]
+    named = [
+        message.split(": ", 1)[1]
+        for message in warnings_of(caplog)
+        if "Differs from the run that wrote checkpoint-1" in message
+    ]
     assert set(TELLING.values()) <= set(named)
     assert {line.split(" was ")[0] for line in named} == {
         *(line.split(" was ")[0] for line in TELLING.values()),
@@ -285,7 +289,7 @@ def test_other_pictures_are_named_in_a_warning(
     caplog.clear()
     run(script, "--resume_from_checkpoint=latest", f"--instance_data_dir={folder}")
     told, moved = warnings_of(caplog)
-    assert told.split(": ", 1)[1].startswith("pictures was '5 (") and "Moved what an earlier run left" in moved
+    assert told.split(": ", 1)[1].startswith("training pictures was '5 (") and "Moved what an earlier run left" in moved
 
 
 def test_more_steps_of_a_schedule_that_depends_on_them_are_named(

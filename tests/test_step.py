@@ -23,7 +23,7 @@ HEIGHT, WIDTH = 6, 4  # of latents; not square, so that rows and columns cannot 
 
 
 class Step(NamedTuple):
-    """The tensors of one step, named as `training_loss` takes them."""
+    """The tensors of one step, named as in `StepInputs`."""
 
     latents: Tensor
     noise: Tensor
@@ -31,7 +31,13 @@ class Step(NamedTuple):
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
     guidance: Tensor | None
-    weights: Tensor
+    loss_weights: Tensor
+
+
+def options(scheme: str = "none", **numbers: float) -> SimpleNamespace:
+    """The flags that a loss may depend on, with their defaults but for those given."""
+    defaults = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "prior_loss_weight": 1.0}
+    return SimpleNamespace(weighting_scheme=scheme, **defaults | numbers)
 
 
 def random_step(batch: int, prior: bool, guided: bool, dtype: torch.dtype) -> Step:
@@ -49,7 +55,7 @@ def random_step(batch: int, prior: bool, guided: bool, dtype: torch.dtype) -> St
         prompt_embeds=normal(5, 32),
         pooled_prompt_embeds=normal(32),
         guidance=torch.rand(count, generator=generator) * 4 + 1 if guided else None,
-        weights=torch.tensor([0.5, 0.3, 0.2])[:batch],
+        loss_weights=torch.tensor([0.5, 0.3, 0.2])[:batch],
     )
 
 
@@ -75,16 +81,16 @@ def reference_velocity(transformer: nn.Module, step: Step, index: int, sigma: fl
 
 def reference_loss(transformer: nn.Module, step: Step, scheme: str, prior_loss_weight: float) -> Tensor:
     """The loss by formula, one picture after the other."""
-    batch, total = len(step.weights), torch.zeros(())
+    batch, total = len(step.loss_weights), torch.zeros(())
     for index in range(len(step.latents)):
         sigma = step.sigmas[index].item()
         weight = {"sigma_sqrt": 1 / sigma**2, "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))}.get(scheme, 1.0)
         target = step.noise[index] - step.latents[index]
         loss = weight * ((reference_velocity(transformer, step, index, sigma) - target) ** 2).mean()
         if index < batch:
-            total = total + step.weights[index] * loss
+            total = total + step.loss_weights[index] * loss
         else:
-            total = total + prior_loss_weight * step.weights[index - batch] * loss
+            total = total + prior_loss_weight * step.loss_weights[index - batch] * loss
     return total
 
 
@@ -102,7 +108,7 @@ def check_step(script: ModuleType, folder: Path, dtype: torch.dtype, tolerance: 
     transformer = load_transformer(folder, dtype)
     step = random_step(case["batch"], case["prior"], transformer.config.guidance_embeds, dtype)
     expected = reference_loss(transformer, step, case["scheme"], prior_loss_weight=0.7)
-    loss = script.training_loss(transformer, *step, weighting_scheme=case["scheme"], prior_loss_weight=0.7)
+    loss = script.training_loss(transformer, script.StepInputs(*step, options(case["scheme"], prior_loss_weight=0.7)))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6), case
     wanted, got = gradients(transformer, expected), gradients(transformer, loss)
     errors = {name: ((got[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted}
@@ -157,7 +163,7 @@ def test_sigmas_are_drawn_by_the_scheme_each_with_its_own_generator(
 ) -> None:
     numbers = {"logit_mean": 0.4, "logit_std": 1.5, "mode_scale": 0.8}
     seeded = [torch.Generator().manual_seed(seed) for seed in range(500)]
-    sigmas = script.sample_sigmas(seeded, sigma_table, scheme, **numbers)
+    sigmas = script.sample_sigmas(seeded, sigma_table, options(scheme, **numbers))
     for seed, sigma in enumerate(sigmas.tolist()):
         place = reference_place(scheme, torch.Generator().manual_seed(seed), *numbers.values())
         assert sigma == pytest.approx(1 - math.floor(1000 * place) / 1000, abs=1e-6)
@@ -165,10 +171,9 @@ def test_sigmas_are_drawn_by_the_scheme_each_with_its_own_generator(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_shift_comes_after_the_draw(script: ModuleType, sigma_table: Tensor, scheme: str) -> None:
-    drawn, shifted = (
-        script.sample_sigmas([torch.Generator().manual_seed(seed) for seed in range(200)], sigma_table, scheme, **shift)
-        for shift in ({}, {"shift": 2.5})
-    )
+    seeded = [[torch.Generator().manual_seed(seed) for seed in range(200)] for _ in range(2)]
+    drawn = script.sample_sigmas(seeded[0], sigma_table, options(scheme))
+    shifted = script.sample_sigmas(seeded[1], sigma_table, options(scheme), shift=2.5)
     odds = shifted.double() / (1 - shifted.double())  # a shift multiplies the odds of noise
     inner = drawn < 1
     assert torch.allclose(odds[inner], 2.5 * (drawn.double() / (1 - drawn.double()))[inner], rtol=1e-3)
@@ -205,10 +210,10 @@ def test_a_run_shifts_what_it_would_have_drawn_by_each_pictures_tokens(
     drawn: list[tuple[int, float]] = []
     training_loss = script.training_loss
 
-    def record(transformer: nn.Module, **inputs: Any) -> Tensor:
-        tokens = inputs["latents"].shape[2] * inputs["latents"].shape[3] // 4
-        drawn.extend((tokens, sigma) for sigma in inputs["sigmas"].tolist())
-        return training_loss(transformer, **inputs)
+    def record(transformer: nn.Module, inputs: Any) -> Tensor:
+        tokens = inputs.latents.shape[2] * inputs.latents.shape[3] // 4
+        drawn.extend((tokens, sigma) for sigma in inputs.sigmas.tolist())
+        return training_loss(transformer, inputs)
 
     monkeypatch.setattr(script, "training_loss", record)
     flags = ["--max_train_steps=5", f"--aspect_ratio_buckets={buckets}"]
@@ -237,7 +242,7 @@ def test_extreme_draws_take_the_ends_of_the_table(
     script: ModuleType, sigma_table: Tensor, scheme: str, numbers: dict[str, float], expected: float
 ) -> None:
     # The first draw with seed 0 is 0.496, where a large mode_scale leaves [0, 1] far below.
-    sigmas = script.sample_sigmas([torch.Generator().manual_seed(0)], sigma_table, scheme, **numbers)
+    sigmas = script.sample_sigmas([torch.Generator().manual_seed(0)], sigma_table, options(scheme, **numbers))
     assert sigmas.tolist() == pytest.approx([expected])
 
 
@@ -247,7 +252,7 @@ def test_every_sigma_of_the_table_can_be_drawn_in_float32(
     middles = ((torch.arange(1000) + 0.5) / 1000).unsqueeze(1).unbind()
     places = iter(middles)
     monkeypatch.setattr(script, "compute_density_for_timestep_sampling", lambda *_, **__: next(places))
-    sigmas = script.sample_sigmas([torch.Generator()] * 1000, sigma_table)
+    sigmas = script.sample_sigmas([torch.Generator()] * 1000, sigma_table, options())
     assert sigmas.dtype == torch.float32
     assert sigmas.tolist() == pytest.approx([(1000 - index) / 1000 for index in range(1000)], abs=1e-7)
 
@@ -265,7 +270,7 @@ def test_the_model_takes_sigma_as_its_timestep_and_guidance_and_text_as_they_are
     script: ModuleType, guided: bool
 ) -> None:
     step, model = random_step(2, False, guided, torch.float32), Recorder()
-    script.training_loss(model, *step)
+    script.training_loss(model, script.StepInputs(*step, options()))
     assert model.inputs["timestep"].dtype == torch.float32
     assert model.inputs["timestep"].tolist() == step.sigmas.tolist()
     assert model.inputs["guidance"] is step.guidance

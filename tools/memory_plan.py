@@ -1,6 +1,6 @@
 """How much device memory a training command will take, stage by stage: no GPU, no weights, no download.
 
-    python benchmarks/memory_plan.py train_dreambooth_lora_flux.py --pretrained_model_name_or_path=... FLAGS...
+    python tools/memory_plan.py train_dreambooth_lora_flux.py --pretrained_model_name_or_path=... FLAGS...
 
 The flags are read by the script's own parser. Shapes come from the checkpoint's configs if it is a local folder, else
 they are FLUX.1 [dev]'s. Weights, gradients and optimizer states are counted; activations are those of the script's own
@@ -199,9 +199,10 @@ def run_step(plan: Plan, transformer: Any) -> None:
     embeds = torch.randn(batch, args.max_sequence_length, config.joint_attention_dim, dtype=plan.dtype)
     pooled = torch.randn(batch, config.pooled_projection_dim, dtype=plan.dtype)
     guidance = torch.ones(batch) if config.guidance_embeds else None
-    weights, sigmas = torch.ones(args.train_batch_size), torch.rand(batch)
+    loss_weights, sigmas = torch.ones(args.train_batch_size), torch.rand(batch)
+    inputs = plan.script.StepInputs(latents, noise, sigmas, embeds, pooled, guidance, loss_weights, args)
     with torch.autocast("cpu", dtype=plan.dtype, enabled=plan.dtype != torch.float32):
-        loss = plan.script.training_loss(transformer, latents, noise, sigmas, embeds, pooled, guidance, weights)
+        loss = plan.script.training_loss(transformer, inputs)
     loss.backward()
 
 
