@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from conftest import SCRIPTS, Run, both_scripts, one_script, reset_accelerate
 from tests.local_hub import HubState
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, ROOT
 from tests.test_checkpoints import WEIGHTS
 
 pytestmark = one_script
@@ -334,10 +334,6 @@ def test_out_of_memory_says_in_which_stage_and_what_was_in_use(
 
 BEFORE = ["--gradient_checkpointing", "--cache_latents", "--train_batch_size=1", "--mixed_precision=bf16"]
 AFTER = ["--sample_batch_size=1", "--resolution"]
-ADVICE = {  # by what it costs: time only, then precision, then what is trained on
-    "full": [*BEFORE, "--use_8bit_adam", "--full_bf16", "--fused_backward_pass", "--optimizer=adafactor", *AFTER],
-    "lora": [*BEFORE, "--base_quantization=int8", "--base_quantization=nf4", "--blocks_to_swap", *AFTER],
-}
 
 
 @both_scripts

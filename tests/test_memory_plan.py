@@ -12,8 +12,8 @@ from torch import Tensor
 
 import train_dreambooth_flux as full
 import train_dreambooth_lora_flux as lora
-from tools import memory_plan
 from conftest import Run, one_script
+from tools import memory_plan
 
 pytestmark = one_script
 

@@ -128,10 +128,12 @@ def record(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Record:
     seen = Record()
     prepare_inputs = script.prepare_inputs
 
-    def record_inputs(run: Any, batch: dict[str, Any], sigma_table: Tensor) -> dict[str, Any]:
-        inputs: dict[str, Any] = prepare_inputs(run, batch, sigma_table)
+    def record_inputs(run: Any, batch: dict[str, Any], sigma_table: Tensor) -> Any:
+        inputs = prepare_inputs(run, batch, sigma_table)
         seen.keys.setdefault(run.state.step + 1, []).append(batch["keys"])
-        seen.inputs.setdefault(run.state.step + 1, []).append({key: copied(value) for key, value in inputs.items()})
+        seen.inputs.setdefault(run.state.step + 1, []).append(
+            {key: copied(value) for key, value in vars(inputs).items()}
+        )
         return inputs
 
     def record_values(_: Accelerator, values: dict[str, float], step: int) -> None:
@@ -234,13 +236,13 @@ HARMLESS = [
     "--hub_model_id=sks-dog", "--num_train_epochs=2",
 ]  # fmt: skip
 TELLING = {  # flag: what the warning says
-    "--learning_rate=0.5": "learning_rate was 0.0001 and is 0.5",
-    "--guidance_scale=1": "guidance_scale was 3.5 and is 1.0",
-    "--random_flip": "random_flip was False and is True",
-    "--center_crop": "center_crop was False and is True",
-    "--weighting_scheme=mode": "weighting_scheme was 'none' and is 'mode'",
-    "--gradient_accumulation_steps=2": "gradient_accumulation_steps was 1 and is 2",
-    "--instance_prompt=a cat": "instance_prompt was 'a photo of sks dog' and is 'a cat'",
+    "--learning_rate=0.5": "--learning_rate was 0.0001 and is 0.5",
+    "--guidance_scale=1": "--guidance_scale was 3.5 and is 1.0",
+    "--random_flip": "--random_flip was False and is True",
+    "--center_crop": "--center_crop was False and is True",
+    "--weighting_scheme=mode": "--weighting_scheme was 'none' and is 'mode'",
+    "--gradient_accumulation_steps=2": "--gradient_accumulation_steps was 1 and is 2",
+    "--instance_prompt=a cat": "--instance_prompt was 'a photo of sks dog' and is 'a cat'",
     "--mixed_precision=bf16": "precision was 'no' and is 'bf16'",
 }
 
@@ -265,16 +267,16 @@ def test_every_change_that_changes_the_run_is_named_in_a_warning(
     run(script, "--max_train_steps=1", "--checkpointing_steps=1")
     caplog.clear()
     run(script, "--resume_from_checkpoint=latest", *HARMLESS, *TELLING)
-    named = [
-        message.split(": ", 1)[1]
-        for message in warnings_of(caplog)
-        if "Differs from the run that wrote checkpoint-1" in message
+    [message] = [
+        message for message in warnings_of(caplog) if "Differs from the run that wrote checkpoint-1" in message
     ]
+    *named, consequence = message.split(": ", 1)[1].split("; ")
+    assert consequence == "results will not match an uninterrupted run"
     assert set(TELLING.values()) <= set(named)
     assert {line.split(" was ")[0] for line in named} == {
         *(line.split(" was ")[0] for line in TELLING.values()),
-        "mixed_precision",  # the flag, beside what accelerate made of it
-        "pictures",  # the prompt, beside the flag
+        "--mixed_precision",  # the flag, beside what accelerate made of it
+        "training pictures",  # the prompt, beside the flag
     }
 
 

@@ -348,11 +348,15 @@ def test_a_full_disk_at_the_pictures_and_the_card_keeps_the_result(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(script, "save_picture", fail)
-    output = run(script, "--validation_prompt=a dog")
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "save_picture", fail)
+        output = run(script, "--validation_prompt=a dog")
     assert (output / WEIGHTS[script.__name__]).is_file() and not (output / script.RESULT_FILE).exists()
-    for what in ("The final pictures", "The model card"):
-        assert f"{what} could not be written: [Errno 28]" in caplog.text
+    assert "The final pictures could not be written: [Errno 28]" in caplog.text
+    monkeypatch.setattr(script.ModelCard, "save", fail)
+    output = run(script, f"--output_dir={output}-2")
+    assert (output / WEIGHTS[script.__name__]).is_file() and not (output / script.RESULT_FILE).exists()
+    assert "The model card could not be written: [Errno 28]" in caplog.text
 
 
 def test_an_output_folder_that_was_removed_is_made_again(
