@@ -5,27 +5,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.11,<2.14",
-#   "diffusers~=0.42.1",
-#   "transformers~=5.23.0",
-#   "accelerate~=1.15.0",
-#   "peft~=0.21.2",
-#   "huggingface_hub~=2.4.0",
-#   "safetensors~=0.8.0",
-#   "tokenizers~=0.23.3",
-#   "numpy~=2.4.6",
-#   "Pillow~=13.0",
-#   "tqdm~=4.70",
-#   "filelock~=4.2",
-#   "psutil>=6,<8",
-#   "xxhash>=3.5,<5",
-#   "sentencepiece~=0.2.3",
-#   "protobuf~=7.36.2",
-#   "datasets~=5.2.0",
-#   "bitsandbytes~=0.50.2",
-#   "prodigyopt~=1.1.2",
-#   "tensorboard~=2.21.0",
-#   "wandb~=0.31.0",
+#   "torch>=2.11,<2.14", "diffusers~=0.42.1", "transformers~=5.23.0", "accelerate~=1.15.0", "peft~=0.21.2",
+#   "huggingface_hub~=2.4.0", "safetensors~=0.8.0", "tokenizers~=0.23.3", "numpy~=2.4.6", "Pillow~=13.0",
+#   "tqdm~=4.70", "filelock~=4.2", "psutil>=6,<8", "xxhash>=3.5,<5", "sentencepiece~=0.2.3", "protobuf~=7.36.2",
+#   "datasets~=5.2.0", "bitsandbytes~=0.50.2", "prodigyopt~=1.1.2", "tensorboard~=2.21.0", "wandb~=0.31.0",
 # ]
 # ///
 """DreamBooth for FLUX.1 [dev], full fine-tuning: teach the model a subject by training every weight of the transformer.
@@ -1006,10 +989,8 @@ FLAGS = {
         Flag("--cache_latents", bool, help="encode each picture once, with one crop, and free the VAE"),
     ],
     "prior preservation": [
-        Flag(
-            "--with_prior_preservation", bool, help="train on pictures of the class as well",
-            needs=("--class_data_dir", "--class_prompt"),
-        ),
+        Flag("--with_prior_preservation", bool, help="train on pictures of the class as well",
+             needs=("--class_data_dir", "--class_prompt")),
         Flag("--class_data_dir", help="folder of class pictures; missing ones are generated", resume="result"),
         Flag("--class_prompt", help="prompt of the class, for example 'a photo of a dog'"),
         Flag("--num_class_images", int, 100, "class pictures that there should be", ge=1),
@@ -1018,9 +999,8 @@ FLAGS = {
         Flag("--prior_generation_precision", choices=list(PRECISIONS), help="(default: bf16 on a GPU, else fp32)"),
     ],
     "training": [
-        Flag(
-            "--train_text_encoder", bool, help="train CLIP too (T5 always stays frozen)", sharded=False, resume="refuse"
-        ),
+        Flag("--train_text_encoder", bool, help="train CLIP too (T5 always stays frozen)", sharded=False,
+             resume="refuse"),
         Flag("--train_batch_size", int, 4, "pictures per process and micro-batch", ge=1),
         Flag("--gradient_accumulation_steps", int, 1, "micro-batches per optimizer step", ge=1),
         Flag("--num_train_epochs", int, 1, "passes over the pictures", ge=1, resume="free"),
@@ -1033,9 +1013,7 @@ FLAGS = {
         Flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"),
         Flag("--allow_tf32", bool, help="float32 products in TF32 on Ampere and newer"),
         Flag("--attention_backend", choices=ATTENTION_BACKENDS, help="as diffusers names it (default: native)"),
-        Flag(
-            "--enable_npu_flash_attention", bool, help="attention of an Ascend NPU", packages=(("", "torch_npu"),)
-        ),
+        Flag("--enable_npu_flash_attention", bool, help="attention of an Ascend NPU", packages=(("", "torch_npu"),)),
     ],
     "flow matching and prompts": [
         Flag("--guidance_scale", float, 3.5, "guidance input of the model in training"),
@@ -1048,9 +1026,7 @@ FLAGS = {
     ],
     "optimizer and schedule": [
         Flag("--optimizer", default="AdamW", help=", ".join(OPTIMIZERS), resume="refuse"),
-        Flag(
-            "--use_8bit_adam", bool, help="AdamW with 8-bit state", packages=(("", "bitsandbytes"),), resume="refuse"
-        ),
+        Flag("--use_8bit_adam", bool, help="AdamW with 8-bit state", packages=(("", "bitsandbytes"),), resume="refuse"),
         Flag("--learning_rate", float, 1e-4, "learning rate of the transformer; 1 for prodigy", ge=0),
         Flag("--text_encoder_lr", float, 5e-6, "learning rate of CLIP; prodigy takes --learning_rate", ge=0),
         Flag("--scale_lr", bool, help="multiply the learning rate by processes x accumulation x batch size"),
@@ -1069,10 +1045,8 @@ FLAGS = {
         Flag("--prodigy_decouple", string_to_bool, True, "decoupled weight decay, as in AdamW"),
         Flag("--prodigy_use_bias_correction", string_to_bool, True, "Adam's bias correction"),
         Flag("--prodigy_safeguard_warmup", string_to_bool, True, "use with a learning-rate warm-up"),
-        Flag(
-            "--use_ema", bool, help="average the weights; validation and the result use it", sharded=False,
-            resume="refuse",
-        ),
+        Flag("--use_ema", bool, help="average the weights; validation and the result use it", sharded=False,
+             resume="refuse"),
         Flag("--ema_decay", float, 0.99, "about the last 1 / (1 - decay) steps count", ge=0, lt=1),
     ],
     "validation": [
@@ -1084,18 +1058,14 @@ FLAGS = {
         Flag("--validation_num_inference_steps", int, 28, "sampling steps of the pictures", ge=1, resume="result"),
         Flag("--skip_final_inference", bool, help="draw no pictures from the saved result", resume="result"),
         Flag("--validation_loss", bool, help="log the loss at fixed noise and sigmas as well", resume="result"),
-        Flag(
-            "--validation_data_dir", help="held-out pictures for it (default: those of the training)",
-            needs=("--validation_loss",), resume="result",
-        ),
+        Flag("--validation_data_dir", help="held-out pictures for it (default: those of the training)",
+             needs=("--validation_loss",), resume="result"),
     ],
     "output, checkpoints and the Hub": [
         Flag("--output_dir", default=OUTPUT_DIR, help="where everything is written", resume="free"),
         Flag("--logging_dir", default="logs", help="folder of the trackers, inside --output_dir", resume="free"),
-        Flag(
-            "--report_to", default="tensorboard", help="tensorboard, wandb, all, none, ...", resume="free",
-            packages=(("tensorboard", "tensorboard"), ("wandb", "wandb"),),
-        ),
+        Flag("--report_to", default="tensorboard", help="tensorboard, wandb, all, none, ...", resume="free",
+             packages=(("tensorboard", "tensorboard"), ("wandb", "wandb"),)),
         Flag("--checkpointing_steps", int, 500, "steps between two checkpoints", ge=1, resume="free"),
         Flag("--checkpoints_total_limit", int, help="how many to keep (default: all)", ge=1, resume="free"),
         Flag("--resume_from_checkpoint", help="latest, or a checkpoint's name or path", resume="free"),
@@ -1107,14 +1077,10 @@ FLAGS = {
 }  # fmt: skip
 OWN_FLAGS = {  # of this script
     "memory and speed": [
-        Flag(
-            "--full_bf16", bool, help="weights in bf16 alone, updates rounded stochastically", sharded=False,
-            resume="refuse",
-        ),
-        Flag(
-            "--fused_backward_pass", bool, help="update each weight as soon as it has its gradient, and free that; "
-            "clips each tensor by itself", sharded=False, resume="refuse",
-        ),
+        Flag("--full_bf16", bool, help="weights in bf16 alone, updates rounded stochastically", sharded=False,
+             resume="refuse"),
+        Flag("--fused_backward_pass", bool, sharded=False, resume="refuse",
+             help="update each weight as soon as it has its gradient, and free that; clips each tensor by itself"),
     ],
     "output, checkpoints and the Hub": [
         Flag("--save_single_file", bool, help="write the transformer into one file as well, in bf16", resume="result"),

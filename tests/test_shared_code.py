@@ -1,6 +1,7 @@
 """The two scripts share their text: what stands in both under one name is the same, unless it differs on purpose."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -96,4 +97,5 @@ def test_dependencies_are_those_of_the_requirements_file() -> None:
     wanted = [line for line in (ROOT / "requirements_flux.txt").read_text().splitlines() if line and line[0] != "#"]
     for name in SCRIPTS:
         head = (ROOT / name).read_text().split("# ///\n")[0]
-        assert [line.split('"')[1] for line in head.splitlines() if line.startswith('#   "')] == wanted
+        listed = head.split("dependencies = [")[1].split("# ]")[0]
+        assert re.findall(r'"(.*?)"', listed) == wanted
