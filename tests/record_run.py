@@ -47,9 +47,9 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
             record["micro_batches"][-1].update(numbers, sigmas=inputs.sigmas.tolist())
         return training_loss(transformer, inputs)
 
-    def record_read(*args: Any) -> Any:
+    def record_read(*args: Any, **options: Any) -> Any:
         reads.append(True)
-        return load_base(*args)
+        return load_base(*args, **options)
 
     def record_result(args: Any, accelerator: Any, trained: Any, dtype: Any) -> None:
         record["reads"] = reads.count(True)

@@ -124,7 +124,7 @@ def test_sharded_weights_are_refused_before_anything_is_loaded(
     script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", "FSDP")
-    monkeypatch.setattr(script, "begin", lambda *_: pytest.fail("the run began"))
+    monkeypatch.setattr(script, "check_everything", lambda *_: pytest.fail("the run began"))
     with pytest.raises(script.UsageError, match="--use_ema: not with FSDP2"):
         run(script, "--use_ema")
 

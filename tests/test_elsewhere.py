@@ -131,7 +131,7 @@ def test_what_a_run_writes_may_be_read_by_whom_the_umask_lets_read(script: Modul
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~umask)}
 
 
-def test_a_wrong_command_ends_with_what_is_wrong_and_one_line_that_points_to_the_help(
+def test_a_wrong_command_is_told_what_is_wrong_after_one_line_that_points_to_the_help(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for argv, wrong in (
@@ -143,7 +143,7 @@ def test_a_wrong_command_ends_with_what_is_wrong_and_one_line_that_points_to_the
             script.parse_args(argv)
         lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("error: ")]
         assert stop.value.code == 2 and len(lines) == wrong + 1, lines
-        assert lines[-1].startswith("All flags: ") and lines[-1].endswith(" --help")
+        assert lines[0].startswith("usage: ") and lines[0].endswith(" --help")
 
 
 def test_a_script_starts_without_warnings_of_libraries(base_flags: list[str], tmp_path: Path) -> None:

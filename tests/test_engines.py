@@ -250,7 +250,7 @@ def check_machines(script: ModuleType, tmp_path: Path, seen: Any, engine: str, r
         is_main_process=True, distributed_type=engine, state=None, wait_for_everyone=lambda: None
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.accelerate.utils, "broadcast_object_list", list)
+        patch.setattr(script, "broadcast_object_list", list)
         patch.setattr(script, "gather_object", lambda mine: [*mine, seen])
         script.check_machines(argparse.Namespace(output_dir=str(tmp_path)), accelerator, resumed, {})
     assert list(tmp_path.iterdir()) == []

@@ -133,7 +133,7 @@ def case(request: pytest.FixtureRequest, folders: dict[tuple[str, str], Path], t
 
 def trained_keys(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The examples that a process trained, without the fillers."""
-    return [key for micro_batch in record["micro_batches"] for key in micro_batch["keys"] if key["weight"] > 0]
+    return [key for micro_batch in record["micro_batches"] for key in micro_batch["keys"] if key["loss_weight"] > 0]
 
 
 def test_there_really_were_two_processes(case: Case) -> None:
@@ -184,14 +184,14 @@ def test_the_processes_draw_differently(case: Case, name: str) -> None:
         for record in case.two_processes.records
         for micro_batch in record["micro_batches"]
         for value, key in zip(micro_batch[name], micro_batch["keys"], strict=True)
-        if key["weight"] > 0
+        if key["loss_weight"] > 0
     ]
     assert len(set(drawn)) == len(drawn) == EXAMPLES[case.micro_batches]
 
 
 def test_a_process_without_an_example_left_runs_a_filler_of_no_weight(case: Case) -> None:
     shares = [
-        [key["weight"] for part in record["micro_batches"] for key in part["keys"]]
+        [key["loss_weight"] for part in record["micro_batches"] for key in part["keys"]]
         for record in case.two_processes.records
     ]
     assert [len(share) for share in shares] == [len(shares[0])] * 2  # else the processes would wait for each other
@@ -219,10 +219,12 @@ def test_two_processes_train_each_picture_of_an_epoch_of_buckets_once(
 ) -> None:
     """They meet in steps whose micro-batches have other shapes."""
     records = read_records(folders[kind, "buckets"])
-    keys = [key for record in records for batch in record["micro_batches"] for key in batch["keys"] if key["weight"]]
+    keys = [
+        key for record in records for batch in record["micro_batches"] for key in batch["keys"] if key["loss_weight"]
+    ]
     assert sorted(key["example"] for key in keys if key["epoch"] == 0) == list(range(50))
     assert records[0]["weights"] == records[1]["weights"]
-    assert sum(key["weight"] for key in keys) == pytest.approx(len(records[0]["logged"]))
+    assert sum(key["loss_weight"] for key in keys) == pytest.approx(len(records[0]["logged"]))
 
 
 def test_a_fused_backward_pass_on_two_processes_trains_what_one_process_trains(
