@@ -64,6 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: none of them is still running when the other workers have nothing left to do."""
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    gc.collect()
+    gc.freeze()  # as `fresh_start`, for the fixtures of whole modules, which run before it
 
 
 def pytest_unconfigure() -> None:

@@ -40,6 +40,7 @@ def launched(tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathF
         "--learning_rate=1e-2", "--rank=8", "--lora_alpha=16", "--train_text_encoder", "--text_encoder_lr=1e-2",
         "--checkpointing_steps=6", "--checkpoints_total_limit=1", "--validation_prompt=a sks dog",
         "--validation_epochs=2", "--validation_num_inference_steps=4", "--num_validation_images=2", "--seed=0",
+        "--max_sequence_length=77",
     ]  # fmt: skip
     launch(script, flags, output.parent)
     return output

@@ -1,8 +1,9 @@
-"""Run training scripts and record what they do; test_processes.py and test_engines.py launch this on two processes.
+"""Run training scripts on two processes and record what they do, for test_processes.py and test_engines.py.
 
-accelerate launch ... tests/record_run.py JOBS.json
+python tests/record_run.py JOBS.json
 
 JOBS.json maps folders to jobs, as `processes.launch_jobs` says. Each process writes <folder>/<rank>.json.
+Both are forked from one that has imported everything, in the environment that `accelerate launch` would give them.
 With SHARD_ON_CPU in the environment, FSDP2 and DeepSpeed run although there is no GPU.
 """
 
@@ -10,7 +11,10 @@ import gc
 import importlib
 import json
 import os
+import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,7 +66,12 @@ def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
     if "SHARD_ON_CPU" in os.environ:  # accelerate passes FSDP2 and DeepSpeed over where it sees no GPU
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # which compiles for a minute what no training calls
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "VALIDATION_SIGMAS", 2)  # in place of 8: ZeRO-3's forwards take a third of a second
         patch.setattr(script, "collate", record_keys)
         patch.setattr(script, "training_loss", record_inputs)
         patch.setattr(script, "save_results", record_result)
@@ -86,7 +95,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     """Run a job of `processes.launch_jobs` in its own environment, and write what this process recorded."""
     before, script = dict(os.environ), importlib.import_module(job["script"])
     environment = launched_environment(job["config"]) if job.get("config") else {}
-    own = {name: before[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    own = {name: before[name] for name in rank_environment(0, 0)}
     os.environ.update(environment | own | job.get("environment", {}))
     if "SHARD_ON_CPU" in os.environ and "ACCELERATE_USE_DEEPSPEED" in os.environ:
         os.environ.pop("ACCELERATE_USE_CPU")
@@ -98,8 +107,51 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     os.environ.update(before)
 
 
+def rank_environment(rank: int, port: int) -> dict[str, str]:
+    """What a launcher adds to the environment of one of two processes."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    return {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def run_jobs(jobs: dict[str, dict[str, Any]], rank: int, port: int) -> None:
+    """Run all jobs as one of the two processes; does not return."""
+    code = 1
+    try:
+        os.environ.update(rank_environment(rank, port), ACCELERATE_MIXED_PRECISION="no", ACCELERATE_DYNAMO_BACKEND="no")
+        # All jobs share one process group: the next one's processes would meet while the last one's are still leaving.
+        PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
+        for name, job in jobs.items():
+            run_job(Path(name), job)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> int:
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    for job in jobs.values():
+        importlib.import_module(job["script"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = set[int]()
+    for rank in range(2):
+        process = os.fork()
+        if process == 0:
+            run_jobs(jobs, rank, port)
+        processes.add(process)
+    while processes:
+        process, status = os.wait()
+        processes.remove(process)
+        if status:
+            for other in processes:  # which would wait for this one
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
 if __name__ == "__main__":
-    # All jobs share one process group: the next one's processes would meet while the last one's are still leaving.
-    PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
-    for name, job in json.loads(Path(sys.argv[1]).read_text()).items():
-        run_job(Path(name), job)
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Runs that are killed, as by a power cut, again and again, and end with the weights of the undisturbed run.
 
-FLUX_FAULTS is the number of kills for each script: 6 unless it is set.
+FLUX_FAULTS is the number of kills for each script: 4 unless it is set.
 """
 
 import json
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from conftest import SCRIPTS
 from tests.faulty_run import Forker
 
-KILLS = int(os.environ.get("FLUX_FAULTS", "6"))
+KILLS = int(os.environ.get("FLUX_FAULTS", "4"))
 STEPS = 3
 
 

@@ -157,6 +157,7 @@ def test_validation_leaves_the_live_model_as_it_is(
 
     monkeypatch.setattr(script, "prepare_training", prepare)
     monkeypatch.setattr(script, "validate", check)
+    monkeypatch.setattr(script, "VALIDATION_SIGMAS", 1)  # in place of 8: of each part of a validation there is one
     flags = ["--train_text_encoder", "--validation_prompt=a dog", "--validation_loss", "--validation_epochs=1"]
     run(script, *bf16, *flags, "--train_batch_size=5")
     assert len(validations) >= 2
@@ -176,6 +177,7 @@ def test_the_validation_loss_does_not_depend_on_chance(
         return first
 
     monkeypatch.setattr(script, "validation_loss", compute_twice)
+    monkeypatch.setattr(script, "VALIDATION_SIGMAS", 2)
     flags = ["--lora_dropout=0.5"] if "lora" in script.__name__ else []
     run(script, *flags, "--train_text_encoder", "--text_encoder_lr=0.1", "--validation_loss", "--train_batch_size=5")
     assert [first for first, _ in pairs] == [second for _, second in pairs]
