@@ -22,8 +22,8 @@
 What is trained is held in float32 (a few MB to some hundred MB); the base stays frozen in the precision of
 `--mixed_precision`. With `--train_text_encoder`, CLIP gets adapters too; T5 is only ever used to encode the prompts.
 
-To change something, edit this. All but the flags stands in part one:
-    a flag                      a line of `FLAGS`; everywhere it is `args.NAME`, in the loss `options.NAME`
+To change something, edit this. Everything but `FLAGS` (section 8) is in part one:
+    a flag                      a line of `FLAGS`; in the loss it is `options.NAME`, elsewhere `args.NAME`
     the loss, or its target     `flow_matching_loss`, `training_loss`: all they may depend on is in `StepInputs`
     how noise levels are drawn  `sample_sigmas`
     what an example holds       `DreamBoothDataset.load`; from there to the loss: `collate`, `prepare_inputs`
@@ -72,6 +72,8 @@ from typing import Any, NamedTuple
 
 for library in ("DIFFUSERS", "TRANSFORMERS"):  # they warn, as they are imported, of packages that are not needed
     os.environ.setdefault(f"{library}_VERBOSITY", "error")
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # else up to 6 GiB are lost to fragments
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import diffusers
 import numpy as np
@@ -81,6 +83,7 @@ import transformers
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
     InitProcessGroupKwargs,
@@ -102,6 +105,7 @@ from diffusers.training_utils import (
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -137,10 +141,11 @@ def main(args: Namespace) -> None:
     state = start_state(args, resumed)
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)  # draws the class pictures that are missing
     resolve_steps(args, accelerator, dataset, state)
-    if broadcast_object_list([is_finished(args)])[0]:
+    if broadcast_object_list([is_finished(args, dataset)])[0]:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         if args.push_to_hub and accelerator.is_main_process:
             push_to_hub(args, repo_id)
+        accelerator.end_training()
         return
     start_trackers(args, accelerator)
     data = prepare_data(args, accelerator, dataset, pictures)  # prompts to embeddings, pictures to latents
@@ -153,7 +158,8 @@ def main(args: Namespace) -> None:
     if accelerator.is_main_process:
         with warn_if_unwritable("The model card"):
             write_model_card(args, accelerator, repo_id, pictures, state)
-            mark_finished(args)
+        with warn_if_unwritable("The mark of a finished run"):
+            mark_finished(args, dataset)
         if args.push_to_hub:
             push_to_hub(args, repo_id)
     accelerator.end_training()
@@ -182,7 +188,7 @@ def train_and_save(
             with cleanup_on_failure(args, "the result", partial, 4 * trained.size), trained.averaged():
                 save_results(args, accelerator, trained, dtype)
         if any(gather_object([signals.pending()])):
-            save_checkpoint(run)  # with which `latest` has only the pictures and the card to make
+            save_checkpoint(run)  # so that resuming only draws pictures and writes the card
             stop_run(run, signals.pending(), f"the result and checkpoint-{state.step}")
     accelerator.free_memory()
     accelerator._custom_objects.clear()  # the average
@@ -200,7 +206,7 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
         worker_init_fn=ignore_signals,
     )
     sigma_table = load_scheduler(args).sigmas
-    start, total = time.perf_counter(), torch.zeros(2, device=accelerator.device)  # loss, and who wants to stop
+    start, total = time.perf_counter(), torch.zeros(2, device=accelerator.device)  # losses; whether to stop
     progress = Progress(run, schedule)
     batches = ((batch["keys"][0], prepare_inputs(run, batch, sigma_table)) for batch in loader)
     upcoming = next(batches, None)
@@ -245,8 +251,9 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
 
 
 def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) -> dict[str, float]:
-    """Log what an optimizer step did: `loss` is its mean over micro-batches and processes. Add your numbers here."""
-    check_finite(run, loss, 0.0 if grad_norm is None or run.accelerator.scaler else float(grad_norm))  # fp16 skips it
+    """Log what an optimizer step did, or stop where its numbers are none; `loss` is its mean. Add your numbers here."""
+    # In fp16, GradScaler skips a step whose gradient is not finite.
+    check_finite(run, loss, 0.0 if grad_norm is None or run.accelerator.scaler else float(grad_norm))
     group = run.trained.optimizer.param_groups[0]
     values = {"loss": loss, "lr": run.trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
     values |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
@@ -316,7 +323,10 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
 
 
 def training_loss(transformer: nn.Module, inputs: StepInputs) -> Tensor:
-    """From latents, noise and sigmas to the loss of a micro-batch, a scalar; in training and validation alike."""
+    """From latents, noise and sigmas to the loss of a micro-batch, a scalar; in training and validation alike.
+
+    With prior preservation the second half of each tensor is of class pictures.
+    """
     noisy_latents = add_noise(inputs.latents, inputs.noise, inputs.sigmas)
     text = (inputs.prompt_embeds, inputs.pooled_prompt_embeds)
     velocity = predict_velocity(transformer, noisy_latents, inputs.sigmas, *text, inputs.guidance)
@@ -355,18 +365,9 @@ def predict_velocity(
     pooled_prompt_embeds: Tensor,
     guidance: Tensor | None,
 ) -> Tensor:
-    """The one call of the model, in the field's words.
+    """The one call of the model, a FluxTransformer2DModel, wrapped or not: the velocity, packed, (B, L, 4C).
 
-    Args:
-        transformer: a FluxTransformer2DModel, wrapped or not. It takes sigma itself as its timestep.
-        noisy_latents: (B, C, H, W).
-        sigmas: (B,).
-        prompt_embeds: (B, T, D), from T5.
-        pooled_prompt_embeds: (B, P), from CLIP.
-        guidance: (B,), or None for a model without guidance embeddings.
-
-    Returns:
-        The velocity, packed: (B, L, 4C).
+    Shapes of the inputs: `StepInputs`. The model takes sigma itself as its timestep.
     """
     return transformer(
         hidden_states=pack_latents(noisy_latents),
@@ -440,7 +441,7 @@ Size = tuple[int, int]  # width and height in pixels
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture and its prompt, which no shuffle can part."""
+    """One picture and its prompt."""
 
     name: str
     open: Callable[[], Image.Image]  # as it is stored
@@ -463,9 +464,9 @@ class Crop(NamedTuple):
     flip: bool
 
 
-def draw_crop(picture: Size, size: Size, args: Namespace, generator: torch.Generator | None) -> Crop:
+def draw_crop(picture_size: Size, size: Size, args: Namespace, generator: torch.Generator | None) -> Crop:
     """Choose how a picture is cropped to `size`; without a generator it is the centre, not mirrored."""
-    width, height = resized_size(*picture, size)
+    width, height = resized_size(*picture_size, size)
     spare = (width - size[0], height - size[1])
     if generator is None or args.center_crop:
         left, top = (round(side / 2) for side in spare)
@@ -476,7 +477,7 @@ def draw_crop(picture: Size, size: Size, args: Namespace, generator: torch.Gener
 
 
 def crop_picture(image: Image.Image, crop: Crop, mode: str) -> Image.Image:
-    """A picture, or what lies over it, of `crop.size`; `mode` is a filter of `--image_interpolation_mode`."""
+    """A picture, or a mask aligned with it, at `crop.size`; `mode` is a filter of `--image_interpolation_mode`."""
     image = image.resize(resized_size(*image.size, crop.size), Image.Resampling[mode.upper()])
     image = image.crop((crop.left, crop.top, crop.left + crop.size[0], crop.top + crop.size[1]))
     return ImageOps.mirror(image) if crop.flip else image
@@ -545,7 +546,8 @@ class DreamBoothDataset(Dataset):
         `draw` names the crop's draw. With `--cache_latents` the pixels become latents once, and the rest is kept.
         """
         image = self.sources[source][index].read()
-        crop = draw_crop(image.size, size, self.args, generator_for(self.seed, "view", source, *draw))
+        generator = generator_for(self.seed, "view", source, *draw)  # another name here would change every crop
+        crop = draw_crop(image.size, size, self.args, generator)
         return {"crop": crop, "pixels": to_pixels(crop_picture(image, crop, self.args.image_interpolation_mode))}
 
     def __getitem__(self, key: ExampleKey) -> dict[str, Any]:
@@ -555,10 +557,10 @@ class DreamBoothDataset(Dataset):
         for source, pictures in self.sources.items():
             index = key.example % len(pictures)
             if self.cached is None:
-                held = self.load(source, index, size, key.epoch, key.position)
+                loaded = self.load(source, index, size, key.epoch, key.position)
             else:
-                held = self.cached[source, index, size]
-            example[source] = {"prompt": "" if source in dropped else pictures[index].prompt} | held
+                loaded = self.cached[source, index, size]
+            example[source] = {"prompt": "" if source in dropped else pictures[index].prompt} | loaded
         return example
 
 
@@ -599,17 +601,17 @@ def encode_prompts(
     mine = prompts[accelerator.process_index :: accelerator.num_processes]
     if not mine:
         return gather_dicts({})
-    kinds = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
-    parts = {name: from_base(kind, args, subfolder=name) for name, kind in kinds.items()}
-    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
-    parts |= {name: from_base(kind, args, subfolder=name, dtype=dtype) for name, kind in kinds.items()}
+    tokenizers = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
+    parts = {name: from_base(kind, args, subfolder=name) for name, kind in tokenizers.items()}
+    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+    parts |= {name: from_base(kind, args, subfolder=name, dtype=dtype) for name, kind in encoders.items()}
     pipeline = FluxPipeline(scheduler=None, vae=None, transformer=None, **parts).to(accelerator.device)
     lengths = {"CLIP": (pipeline.tokenizer, pipeline.tokenizer.model_max_length)}
     lengths["T5 (--max_sequence_length)"] = (pipeline.tokenizer_2, args.max_sequence_length)
-    for reader, (tokenizer, most) in lengths.items():
-        cut = [repr(prompt[:60]) for prompt in prompts if len(tokenizer(prompt).input_ids) > most]
+    for encoder, (tokenizer, limit) in lengths.items():
+        cut = [repr(prompt[:60]) for prompt in prompts if len(tokenizer(prompt).input_ids) > limit]
         if cut:
-            logger.info(f"{len(cut)} prompts are cut: {reader} reads {most} tokens of {shorten(cut, 5)}")
+            logger.info(f"{len(cut)} prompts are cut: {encoder} reads {limit} tokens of {shorten(cut, 5)}")
     encoded = {}
     hidden = not accelerator.is_main_process or None  # None: where there is no terminal
     for prompt in tqdm(mine, desc="Encoding prompts", leave=False, delay=2, disable=hidden):
@@ -674,11 +676,11 @@ def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBo
     cached, encoded = dict[tuple[str, int, Size], dict[str, Any]](), dict[Any, LatentDistribution]()
     bar = tqdm(mine, desc="Encoding pictures", leave=False, delay=2, disable=not accelerator.is_main_process or None)
     for source, index, size in bar:
-        held = dataset.load(source, index, size, 0, index)
-        pixels, picture = held.pop("pixels"), (source, dataset.sources[source][index].name, held["crop"])
+        loaded = dataset.load(source, index, size, 0, index)
+        pixels, picture = loaded.pop("pixels"), (source, dataset.sources[source][index].name, loaded["crop"])
         if picture not in encoded:
             encoded[picture] = LatentDistribution(*(part[0].cpu() for part in encode_pixels(vae, pixels[None])))
-        cached[source, index, size] = held | {"latents": encoded[picture]}
+        cached[source, index, size] = loaded | {"latents": encoded[picture]}
     dataset.cached = gather_dicts(cached)
 
 
@@ -722,6 +724,9 @@ def add_adapter(args: Namespace, model: Any, targets: list[str], seed: int) -> N
     except ValueError as error:
         raise UsageError(f"--lora_layers is {args.lora_layers!r}: {error}") from error
     cast_training_params(model, torch.float32)  # a bf16 adapter would round its updates away
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):  # else peft casts inputs to float32, and autocast casts them back
+            module.cast_input_dtype_enabled = False
 
 
 # ============================================= 6. Optimizer and schedule ==============================================
@@ -732,8 +737,8 @@ class OptimizerEntry(NamedTuple):
 
     module: str  # where its class is, imported when it is asked for; the package must be installed
     name: str
-    settings: Callable[[Namespace, str], dict[str, Any]]  # from flags and kind of device; a resumed run takes these
-    engines: tuple[DistributedType, ...] = ()  # that shard a model and can still run it; most need whole tensors
+    settings: Callable[[Namespace, str], dict[str, Any]]  # from flags and device; a resumed run keeps the flags'
+    engines: tuple[DistributedType, ...] = ()  # that shard the model and can run it; others refuse it
     whole: bool = False  # whether it needs all gradients at once, and one learning rate for all
 
 
@@ -782,6 +787,8 @@ def make_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer
     """The optimizer of `--optimizer` over `groups`."""
     entry, device = chosen_optimizer(args), groups[0]["params"][0].device.type
     make = getattr(importlib.import_module(entry.module), entry.name)
+    if entry.module.startswith("bitsandbytes"):  # it would wait for the device after each weight, for paged state only
+        importlib.import_module("bitsandbytes.optim.optimizer").sync_gpu = lambda _: None  # type: ignore[attr-defined]
     return make(groups, lr=args.learning_rate, **entry.settings(args, device))
 
 
@@ -829,7 +836,10 @@ def validation_loss(run: Run) -> float:
             sigmas = torch.full((1,), (level + 0.5) / VALIDATION_SIGMAS, device=device)
             noise = draw_normal(latents.shape[1:], 0, "validation", [(number, level)]).to(device)
             one = torch.full((1,), float(number < count), device=device)  # a filler counts nothing
-            inputs = StepInputs(latents.to(device), noise, sigmas, text, pooled, guidance, one, run.args)
+            inputs = StepInputs(
+                latents=latents.to(device), noise=noise, sigmas=sigmas, prompt_embeds=text,
+                pooled_prompt_embeds=pooled, guidance=guidance, loss_weights=one, options=run.args,
+            )  # fmt: skip
             total += training_loss(transformer, inputs)
     transformer.train()
     return accelerator.reduce(total, reduction="sum").item() / (count * VALIDATION_SIGMAS)
@@ -888,7 +898,8 @@ def sample_pictures(
     images, count = args.num_validation_images, args.num_validation_images * len(embeds)
     guidance, steps = args.validation_guidance_scale, args.validation_num_inference_steps
     options = {"guidance_scale": guidance, "num_inference_steps": steps}
-    dtype, was_training = torch.float32 if transformer.training else transformer.dtype, transformer.training
+    was_training = transformer.training  # then autocast takes float32; what was saved takes its own precision
+    dtype = torch.float32 if was_training else transformer.dtype
     sampler, pictures = make_sampler(args, transformer.eval()), {}
     for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
         prompt, noise = embeds[number % count // images], generator_for(seed, "validation", number % images)
@@ -948,24 +959,29 @@ class Flag:
     le: float | None = None
     lt: float | None = None
     multiple_of: int | None = None
-    needs: tuple[str, ...] = ()  # other flags, without which it has no effect
+    needs: tuple[str, ...] = ()  # other flags that it requires
     packages: tuple[tuple[str, str], ...] = ()  # of its values, or "" for any: the package that it needs
     sharded: bool = True  # whether FSDP2 and DeepSpeed can do it
-    # What a run that goes on from a checkpoint does where it differs. "free": nothing. "result": nothing, but a
-    # finished run is finished no more. "pictures": the same, and validation pictures are moved aside. "warn": go on,
-    # and say so. "refuse": the weights or the optimizer's state would not fit.
+    # What a run that goes on from a checkpoint does where it differs. "free": nothing. "result": training is the same,
+    # but a finished run makes its result again. "pictures": the same, and validation pictures are moved aside. "warn":
+    # go on, and say so. "refuse": the weights or the optimizer's state would not fit.
     resume: str = "warn"
 
     @property
     def dest(self) -> str:
         return self.name[2:]
 
+    @property
+    def unset(self) -> Any:
+        """Its value where it is not given."""
+        return False if self.kind is bool else self.default
+
     def add_to(self, parser: Any) -> None:
         """Add it to a parser, or to a group of one."""
         shown = "" if self.default in (None, False) else " (default: %(default)s)"
-        options: dict[str, Any] = {"help": self.help + shown, "default": self.default}
+        options: dict[str, Any] = {"help": self.help + shown, "default": self.unset}
         if self.kind is bool:
-            options |= {"action": "store_true", "default": False}
+            options |= {"action": "store_true"}
         elif self.kind is list:
             options |= {"action": "append"}
         else:
@@ -992,7 +1008,7 @@ class Flag:
         for needing, package in self.packages:
             if needing in ("", value) and find_spec(package) is None:
                 given = f"{self.name}={needing}" if needing else self.name
-                yield f"{given} needs the package {package}: pip install {package}, or leave the flag out"
+                yield f"{given} needs the package {package}: pip install {package}, or give {self.name} otherwise"
 
 
 # The flags that both scripts have, by the groups of --help. One that is added has a line here, and nothing else.
@@ -1042,7 +1058,7 @@ FLAGS = {
         Flag("--local_rank", int, -1, "set by launchers; the environment's value wins", resume="free"),
     ],
     "memory and speed": [
-        Flag("--gradient_checkpointing", bool, help="recompute activations to save memory"),
+        Flag("--gradient_checkpointing", bool, help="recompute activations to save memory", resume="free"),
         Flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"),
         Flag("--allow_tf32", bool, help="float32 products in TF32 on Ampere and newer"),
         Flag("--attention_backend", choices=ATTENTION_BACKENDS, help="as diffusers names it (default: native)"),
@@ -1051,7 +1067,7 @@ FLAGS = {
     "flow matching and prompts": [
         Flag("--guidance_scale", float, 3.5, "guidance input of the model in training"),
         Flag("--weighting_scheme", default="none", choices=WEIGHTING_SCHEMES, help="how sigmas are drawn or weighted"),
-        Flag("--flow_shift", parse_flow_shift, help="shift of sigmas to noise: a number above 1, or dynamic"),
+        Flag("--flow_shift", parse_flow_shift, help="none, dynamic, or a number above 0 (above 1: more noise)"),
         Flag("--logit_mean", float, 0.0, "mean for --weighting_scheme=logit_normal"),
         Flag("--logit_std", float, 1.0, "deviation for --weighting_scheme=logit_normal", gt=0),
         Flag("--mode_scale", float, 1.29, "scale for --weighting_scheme=mode"),
@@ -1059,7 +1075,7 @@ FLAGS = {
     ],
     "optimizer and schedule": [
         Flag("--optimizer", default="AdamW", help=", ".join(OPTIMIZERS), resume="refuse"),
-        Flag("--use_8bit_adam", bool, help="AdamW with 8-bit state", packages=(("", "bitsandbytes"),), resume="refuse"),
+        Flag("--use_8bit_adam", bool, help="AdamW with 8-bit state", resume="refuse"),
         Flag("--learning_rate", float, 1e-4, "learning rate of the transformer; 1 for prodigy", ge=0),
         Flag("--text_encoder_lr", float, 5e-6, "learning rate of CLIP; prodigy takes --learning_rate", ge=0),
         Flag("--scale_lr", bool, help="multiply the learning rate by processes x accumulation x batch size"),
@@ -1121,7 +1137,7 @@ OWN_FLAGS = {  # of this script
         Flag("--base_quantization", default="none", choices=["none", "int8", "nf4"],
              help="bits of the frozen weights", packages=(("nf4", "bitsandbytes"),), sharded=False),
         Flag("--blocks_to_swap", int, 0, "blocks whose frozen weights wait in host memory", ge=0, sharded=False,
-             needs=("--gradient_checkpointing",)),
+             resume="free", needs=("--gradient_checkpointing",)),
     ],
 }  # fmt: skip
 LESS_MEMORY = "--base_quantization=int8 or nf4, --blocks_to_swap=20"
@@ -1148,6 +1164,7 @@ def problems(args: Namespace) -> Iterator[str]:
     whole = all(whole_tokens(int(side)) == int(side) for side in re.findall(r"\d+", buckets))
     known = args.optimizer.lower() in map(str.lower, OPTIMIZERS)
     package = chosen_optimizer(args).module.split(".")[0] if known else "torch"
+    optimizer = "--use_8bit_adam" if package == "bitsandbytes" else f"--optimizer={args.optimizer}"
     wrong = {
         "no pictures: give --instance_data_dir FOLDER or --dataset_name NAME":
             not args.instance_data_dir and not args.dataset_name,
@@ -1159,7 +1176,7 @@ def problems(args: Namespace) -> Iterator[str]:
         "beside --instance_data_dir captions are files: give --caption_extension":
             args.caption_column and args.instance_data_dir and not args.dataset_name,
         "--caption_extension is for --instance_data_dir; for a dataset give --caption_column":
-            args.caption_extension and args.dataset_name,
+            args.caption_extension and args.dataset_name and not args.validation_data_dir,
         f"--caption_extension is {args.caption_extension!r}; give the end of the files' names, such as .txt":
             not re.fullmatch(r"\.\w+", args.caption_extension or ".txt"),
         f"--aspect_ratio_buckets is {buckets!r}; give auto, or height,width;height,width in multiples of "
@@ -1169,12 +1186,12 @@ def problems(args: Namespace) -> Iterator[str]:
             args.validation_steps and not (args.validation_prompt or args.validation_loss),
         f"--optimizer is {args.optimizer!r}; give {', '.join(OPTIMIZERS)}":
             not known,
-        f"--optimizer={args.optimizer} needs the package {package}: pip install {package}":
-            package not in ("torch", "transformers") and not args.use_8bit_adam and find_spec(package) is None,
+        f"{optimizer} needs the package {package}: pip install {package}":
+            package not in ("torch", "transformers") and find_spec(package) is None,
         "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'":
             args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules,
         f"--lr_step_rules is {rules!r}; give factor:step,...,factor, such as '1:100,0.1:300,0.01'":
-            not re.fullmatch(r"([\d.e-]+:\d+,)*[\d.e-]+", rules),
+            not re.fullmatch(r"(N:\d+,)*N".replace("N", r"\d*\.?\d+(e-?\d+)?"), rules),
         f"--hub_model_id is {args.hub_model_id!r}; give NAME or OWNER/NAME":
             (args.hub_model_id or "").count("/") > 1,
         "--enable_npu_flash_attention is --attention_backend=_native_npu; give one of them":
@@ -1262,7 +1279,7 @@ def changed_flags(before: dict[str, Any], args: Namespace, *kinds: str) -> list[
     """The flags of these kinds of `resume` that differ from `before`; one that was not there yet had its default."""
     changed = []
     for name, flag in FLAG_OF.items():
-        old, new = before.get(name, flag.default), getattr(args, name)
+        old, new = before.get(name, flag.unset), getattr(args, name)
         old = [old] if flag.kind is list and isinstance(old, str) else old  # as checkpoints of earlier versions have it
         same = str(old).lower() == str(new).lower() if flag.resume == "refuse" else old == new
         if flag.resume in kinds and not same and (old or new):
@@ -1333,7 +1350,7 @@ def pictures_in_folder(flag: str, folder: str, prompt: str, extension: str | Non
             raise UsageError(message) from error
     missing = [path.name for path in files if not captions.get(path)]
     if missing and not prompt:
-        message = f"{flag} is {folder!r}, where pictures have no caption in {extension}"
+        message = f"{flag} is {folder!r}, where pictures have no caption{f' in {extension}' if extension else ''}"
         raise UsageError(f"{message}; write them, or give --instance_prompt for these: {shorten(missing)}")
     if missing and extension:
         logger.warning(f"In {folder} {len(missing)} pictures take --instance_prompt for a caption: {shorten(missing)}")
@@ -1499,7 +1516,9 @@ def prepare_dataset(
         if len(pictures.get("class", [])) < args.num_class_images:
             with stage(args, accelerator, "Generating class pictures"):
                 generate_class_pictures(args, accelerator, seed)
-        class_pictures = pictures_in_folder("--class_data_dir", args.class_data_dir, args.class_prompt)
+            found = pictures_in_folder("--class_data_dir", args.class_data_dir, args.class_prompt)
+            pictures |= {"class": check_pictures(found)}
+        class_pictures = pictures["class"]
     return DreamBoothDataset(pictures["instance"], class_pictures[: args.num_class_images], args, seed)
 
 
@@ -1751,9 +1770,9 @@ def read_transformer(args: Namespace, accelerator: Accelerator, dtype: torch.dty
     """
     device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
     replicated = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    given = is_sharded(accelerator) or replicated
-    given = given and args.base_quantization == "none" and not args.blocks_to_swap
-    if accelerator.is_main_process or not given:
+    from_main = is_sharded(accelerator) or replicated
+    from_main = from_main and args.base_quantization == "none" and not args.blocks_to_swap
+    if accelerator.is_main_process or not from_main:
         return load_base(args, dtype, device)
     options = hub_options(args, subfolder="transformer")
     config = FluxTransformer2DModel.load_config(args.pretrained_model_name_or_path, **options)
@@ -1768,9 +1787,17 @@ def list_blocks(transformer: nn.Module) -> list[nn.Module]:
     return [*model.transformer_blocks, *model.single_transformer_blocks]
 
 
-def keep_dtype(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """What an RMSNorm returns, in the precision of its input: CUDA's autocast of torch 2.13 makes it float32."""
-    return output.to(inputs[0].dtype)
+def normalize(module: Any, x: Tensor) -> Tensor:
+    """A LayerNorm or RMSNorm in the precision of its input: CUDA's autocast would write float32, and read it again.
+
+    The kernels sum in float32 whatever they are given. Flash attention takes queries and keys in half precision only.
+    """
+    weight = None if module.weight is None else module.weight.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(module, nn.RMSNorm):
+            return nn.functional.rms_norm(x, module.normalized_shape, weight, module.eps)
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return nn.functional.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
 def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
@@ -1781,8 +1808,8 @@ def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     if backend:
         transformer.set_attention_backend(backend)
     for module in transformer.modules():
-        if isinstance(module, nn.RMSNorm):  # of queries and keys, which flash attention takes in half precision only
-            module.register_forward_hook(keep_dtype)
+        if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            module.forward = functools.partial(normalize, module)  # type: ignore[method-assign]
 
 
 def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
@@ -1795,12 +1822,13 @@ def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
     if plugin.backend == DynamoBackend.NO or plugin.disable:
         return
     logger.info(f"Compiling the blocks with {plugin.backend.value.lower()}: the first steps take longer")
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # where the backward fails, the forward says so
 
     def run_compiled(block: nn.Module, compiled: Callable, *args: Any, **kwargs: Any) -> Any:
         try:
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            logger.warning(f"Compiling failed, so the blocks run uncompiled: {str(error).splitlines()[0]}")
+            logger.warning(f"Compiling failed, so the blocks run uncompiled: {' '.join(str(error).splitlines()[:2])}")
             for other in blocks:
                 vars(other).pop("forward", None)
             return block.forward(*args, **kwargs)
@@ -1826,9 +1854,9 @@ class QuantizedProduct(torch.autograd.Function):
 
 
 def unpack_weight(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """A quantized weight as (out, in) in `dtype`: int8 still to be scaled, or NF4 with bitsandbytes' state."""
-    if state is None:
-        return weight.to(dtype)
+    """A quantized weight as (out, in) in `dtype`: int8 by its scales or still to be scaled, or NF4 by its state."""
+    if state is None or isinstance(state, Tensor):
+        return weight.to(dtype) if state is None else weight.to(dtype) * state[:, None].to(dtype)
     from bitsandbytes.functional import dequantize_4bit  # optional
 
     return dequantize_4bit(weight, state).to(dtype)
@@ -1862,9 +1890,13 @@ class QuantizedLinear(nn.Linear):
         """(..., in) to (..., out), in autocast's precision where that is on."""
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        y = QuantizedProduct.apply(x, self.weight, self.state)
-        y = y if self.scale is None else y * self.scale.to(y.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        inside = self.scale is not None and x.dtype == torch.float16  # where the unscaled product would overflow
+        y = QuantizedProduct.apply(x, self.weight, self.scale if inside else self.state)
+        bias = None if self.bias is None else self.bias.to(y.dtype)
+        if self.scale is None or inside:
+            return y if bias is None else y + bias
+        scale: Any = self.scale.to(y.dtype)
+        return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
 
 def quantize_base(transformer: nn.Module, kind: str, device: torch.device, swapped: list[nn.Module]) -> None:
@@ -1917,7 +1949,10 @@ class BlockSwap:
         """A copy in host memory, which is pinned by the GiB: torch rounds each request up to a power of two."""
         size = math.ceil(weight.nbytes / 512) * 512
         if size > len(self.free):
-            self.free = torch.empty(max(size, GIB), dtype=torch.uint8, pin_memory=self.cuda)
+            try:
+                self.free = torch.empty(max(size, GIB), dtype=torch.uint8, pin_memory=self.cuda)
+            except RuntimeError as error:
+                raise MemoryError(f"--blocks_to_swap could not pin host memory: {error}") from error
         taken, self.free = self.free[: weight.nbytes], self.free[size:]
         return taken.view(weight.dtype).view(weight.shape).copy_(weight)
 
@@ -1944,7 +1979,13 @@ class BlockSwap:
                 copy.record_stream(torch.cuda.current_stream(self.device))
             # A new parameter: changing the old one's data would change what autograd keeps of it as well.
             module._parameters[name] = nn.Parameter(copy, requires_grad=False)
-        self.start_copy(number - 1 if number == self.position - 1 else number + 1)
+        last, turning = len(self.host) - 1, number == self.position == len(self.host) - 1
+        if turning or number == self.position - 1:  # backward; from block 0 on, the next forward pass
+            self.start_copy(max(number - 1, 0))
+        elif number < last:
+            self.start_copy(number + 1)
+        else:  # the backward pass begins with this block again; without one, the next forward pass with block 0
+            self.start_copy(number if torch.is_grad_enabled() else 0)
         self.position = number
 
     def drop(self, number: int, *_: Any) -> None:
@@ -2093,7 +2134,7 @@ def start_state(args: Namespace, resumed: Checkpoint | None) -> RunState:
     """Where the run starts: at the checkpoint, or at step 0 with `--seed` or a seed that is drawn."""
     if resumed is not None:
         known = {field.name for field in fields(RunState)}
-        state = RunState(**{name: value for name, value in resumed[1]["state"].items() if name in known})
+        state = RunState(**{name: value for name, value in resumed.metadata["state"].items() if name in known})
         if args.seed not in (None, state.seed):
             logger.warning(f"--seed={args.seed} has no effect: the run goes on with the checkpoint's {state.seed}")
         return state
@@ -2128,8 +2169,9 @@ def make_accelerator(args: Namespace) -> Accelerator:
             project_config=project,
             step_scheduler_with_optimizer=False,  # the schedule counts optimizer steps, not processes
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(hours=2))
-            ],  # others wait for process 0's downloads
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # others wait for process 0's downloads
+                DistributedDataParallelKwargs(broadcast_buffers=False),  # int8's scales, which are the same everywhere
+            ],
         )
     except (ValueError, ImportError) as error:
         raise UsageError(f"--mixed_precision={args.mixed_precision}, --report_to={args.report_to}: {error}") from error
@@ -2176,7 +2218,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def set_up_engine(args: Namespace, accelerator: Accelerator) -> None:
-    """Tell FSDP2 or DeepSpeed what the flags say, with which accelerate's configuration knows nothing of."""
+    """Set in FSDP2 or DeepSpeed what accelerate's configuration cannot know."""
     if is_sharded(accelerator):
         asked = [flag.name for flag in FLAG_OF.values() if not flag.sharded and flag.is_on(args)]
         if accelerator.distributed_type not in chosen_optimizer(args).engines:  # its update needs whole tensors
@@ -2218,10 +2260,10 @@ def prepare_training(
     text_encoder = (
         load_text_encoder(args, dtype, adapter_seed).to(accelerator.device) if args.train_text_encoder else None
     )
-    weights_only = resumed is not None and not optimizer_fits(resumed[1]["data"], data.metadata)
-    if resumed is not None and weights_only and accelerator.is_main_process:  # whose weights all start from
+    weights_only = resumed is not None and not optimizer_fits(resumed.metadata["data"], data.metadata)
+    if resumed is not None and weights_only and accelerator.is_main_process:  # it gives them to the others
         for model in filter(None, (transformer, text_encoder)):
-            load_weights(model, resumed[0])
+            load_weights(model, resumed.folder)
     if is_sharded(accelerator) and accelerator.mixed_precision != "no":  # accelerate does so for the others
         transformer.forward = torch.autocast(accelerator.device.type, weight_dtype(accelerator))(transformer.forward)
     compile_blocks(accelerator, transformer)
@@ -2234,7 +2276,8 @@ def prepare_training(
     register_state_hooks(accelerator)
     trained = Trained(transformer, text_encoder, optimizer, lr_scheduler)
     if args.use_ema:
-        trained.ema = EMAModel([parameter.float() for parameter in trained.parameters], args.ema_decay)
+        trained.ema = EMAModel([], args.ema_decay)  # it would copy the float32 copies of bf16 weights once more
+        trained.ema.shadow_params = [weight.detach().to(torch.float32, copy=True) for weight in trained.parameters]
         accelerator.register_for_checkpointing(trained.ema)
     kinds = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained.parameters}))
     logger.info(f"Training {trained.size:,} parameters in {kinds} under mixed precision {accelerator.mixed_precision}")
@@ -2282,7 +2325,7 @@ def accumulate(accelerator: Accelerator, models: list[nn.Module], last: bool) ->
 
 
 def backward(run: Run, loss: Tensor) -> None:
-    """The backward pass of a micro-batch; its `weights` make the mean over the step, and accelerate divides by both."""
+    """The backward pass of a micro-batch; accelerate's divisions are undone, as `loss_weights` make the mean."""
     run.accelerator.backward(loss * run.accelerator.gradient_accumulation_steps * run.accelerator.num_processes)
 
 
@@ -2292,7 +2335,7 @@ def clip_gradients(run: Run) -> Tensor | None:
 
 
 def check_finite(run: Run, loss: float, norm: float) -> None:
-    """See that a loss and the norm of its gradient are numbers."""
+    """Stop unless a loss and the norm of its gradient are numbers."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(
             f"the loss is {loss} at step {run.state.step}, its gradient's norm {norm}. Likely causes: --learning_rate "
@@ -2302,7 +2345,7 @@ def check_finite(run: Run, loss: float, norm: float) -> None:
 
 
 def check_model(args: Namespace) -> None:
-    """See that `--pretrained_model_name_or_path` is a FLUX.1 pipeline; only its index is read."""
+    """Stop unless `--pretrained_model_name_or_path` is a FLUX.1 pipeline; only its index is read."""
     name = args.pretrained_model_name_or_path
     try:
         index = FluxPipeline.load_config(name, **hub_options(args))
@@ -2329,8 +2372,8 @@ def check_everything(
             lock_folder(Path(args.output_dir))
             remove_leftovers(Path(args.output_dir))
             resumed = find_checkpoint(args)
-            if resumed and (changed := changed_flags(resumed[1]["args"], args, "refuse")):
-                reason = f"{resumed[0]} does not fit this run: {', '.join(changed)}"
+            if resumed and (changed := changed_flags(resumed.metadata["args"], args, "refuse")):
+                reason = f"{resumed.folder} does not fit this run: {', '.join(changed)}"
                 raise UsageError(f"{reason}. Give them as they were, or start anew")
             repo_id = create_repository(args) if args.push_to_hub else Path(args.output_dir).resolve().name
             make_folder("--output_dir", args.output_dir)
@@ -2354,21 +2397,21 @@ def make_folder(flag: str, folder: str) -> None:
 def check_machines(
     args: Namespace, accelerator: Accelerator, resumed: Checkpoint | None, pictures: dict[str, list[Picture]]
 ) -> None:
-    """See that all machines have what they need: the same pictures, the checkpoint, and a shard's folder."""
+    """Stop unless all machines have what they need: the same pictures, the checkpoint, and a shard's folder."""
     probe = Path(args.output_dir) / f".probe-{random.SystemRandom().random()}{PARTIAL}"
     probe = broadcast_object_list([probe])[0]
     if accelerator.is_main_process:
         probe.touch()
     accelerator.wait_for_everyone()
     names = [(kind, picture.name, picture.prompt) for kind, part in pictures.items() for picture in part]
-    checkpoint = resumed is None or (resumed[0] / STATE_FILE).is_file()
+    checkpoint = resumed is None or (resumed.folder / STATE_FILE).is_file()
     pictures_of, checkpoint_of, folder_of = zip(*gather_object([(names, checkpoint, probe.exists())]), strict=True)
     if accelerator.is_main_process:
         probe.unlink()
     if any(others != names for others in pictures_of):
         raise UsageError("the machines have different pictures; copy the folders, or put them on a disk that all see")
     if resumed is not None and not all(checkpoint_of):
-        raise UsageError(f"{resumed[0]} is not on all machines; copy it, or put --output_dir on a disk that all see")
+        raise UsageError(f"{resumed.folder} is not on all machines; copy it, or share --output_dir between them")
     if is_sharded(accelerator) and not all(folder_of):
         raise UsageError(
             f"--output_dir is {args.output_dir!r}, which not all machines share; {engine_name(accelerator)} writes "
@@ -2378,7 +2421,14 @@ def check_machines(
 
 # ================================================== 13. Checkpoints ===================================================
 
-Checkpoint = tuple[Path, dict[str, Any]]  # its folder, and what it says of itself
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was found whole."""
+
+    folder: Path
+    metadata: dict[str, Any]  # what its STATE_FILE says: "script", "kind", "state", "args", "data"
+
+
 STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
 RESULT_FILE = "training_result.json"  # written last of all: without it a run is not finished
 LOCK_SECONDS = 60
@@ -2410,9 +2460,9 @@ def save_checkpoint(run: Run) -> None:
         hashes = checksums(path for path in sorted(partial.rglob("*")) if path.is_file())
         files = {path.relative_to(partial).as_posix(): value for path, value in hashes.items()}
         metadata = {"script": Path(__file__).name, "state": asdict(state), "args": settings(args)}
-        metadata |= {"data": run.data.metadata}
+        metadata |= {"data": run.data.metadata, "kind": KIND}
         checksum = zlib.crc32(json.dumps([files, metadata]).encode())
-        content = {"files": files, "facts": metadata, "checksum": checksum}
+        content = {"files": files, "facts": metadata, "checksum": checksum}  # the name that earlier versions read
         (partial / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
         replace_path(partial, output / f"checkpoint-{state.step}")
     logger.info(f"Saved checkpoint-{state.step}")
@@ -2473,11 +2523,11 @@ def load_weights(model: Any, folder: Path) -> None:
 
 def load_checkpoint(run: Run, resumed: Checkpoint) -> list[str]:
     """Take the state of a checkpoint as far as it fits; settings stay the flags'. Returns what differs from its run."""
-    args, trained, metadata, (folder, content) = run.args, run.trained, run.data.metadata, resumed
-    before = content["data"]
-    changes = changed_flags(content["args"], args, "warn")
-    if not args.lr_scheduler.startswith("constant") and content["args"]["max_train_steps"] != args.max_train_steps:
-        changes.append(f"--max_train_steps was {content['args']['max_train_steps']} and is {args.max_train_steps}")
+    args, trained, metadata, folder = run.args, run.trained, run.data.metadata, resumed.folder
+    before, steps = resumed.metadata["data"], resumed.metadata["args"]["max_train_steps"]
+    changes = changed_flags(resumed.metadata["args"], args, "warn")
+    if not args.lr_scheduler.startswith("constant") and steps != args.max_train_steps:
+        changes.append(f"--max_train_steps was {steps} and is {args.max_train_steps}")
     for name in sorted(before.keys() & metadata.keys() - {"validation pictures"}):
         if before[name] != metadata[name]:
             changes.append(f"{name} was {before[name]!r} and is {metadata[name]!r}")
@@ -2562,17 +2612,17 @@ def find_checkpoint(args: Namespace) -> Checkpoint | None:
     if wanted != "latest":
         for path in (Path(wanted), Path(args.output_dir) / wanted):
             if (path / STATE_FILE).is_file():
-                return path, read_checkpoint(path)
+                return Checkpoint(path, read_checkpoint(path))
         names = ", ".join(path.name for path in checkpoints.values() if (path / STATE_FILE).is_file()) or "none"
         flag = f"--resume_from_checkpoint is {wanted!r}"
         raise UsageError(f"{flag}, which is no checkpoint; {args.output_dir} has {names}")
     for path in reversed(checkpoints.values()):
         try:
-            return path, read_checkpoint(path)
+            return Checkpoint(path, read_checkpoint(path))
         except UsageError as error:
             logger.warning(f"Skipping a checkpoint: {error}")
     if checkpoints:
-        raise UsageError("--resume_from_checkpoint=latest: no checkpoint is whole; leave the flag out to start anew")
+        raise UsageError("--resume_from_checkpoint=latest: no checkpoint can be used; leave the flag out to start anew")
     logger.info(f"--resume_from_checkpoint=latest: no checkpoint in {args.output_dir}, so this run starts anew")
     return None
 
@@ -2591,7 +2641,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     found |= {file: crc32(file) for file, expected in there.items() if isinstance(expected, int)}  # earlier versions'
     if damaged := [name for name, expected in files.items() if found.get(path / name) != expected]:
         raise UsageError(f"{path} is damaged: {shorten(damaged)}: missing, or not matching the checksum")
-    if metadata["script"] != Path(__file__).name:
+    earlier = "LoRA" if "lora" in metadata["script"] else "full fine-tuning"  # versions that did not write the kind
+    if metadata.get("kind", earlier) != KIND:
         raise UsageError(f"{path} was written by {metadata['script']}, which trains other weights")
     return metadata
 
@@ -2681,9 +2732,9 @@ def set_aside(args: Namespace, resumed: Checkpoint | None, step: int, changed: b
     """
     output = Path(args.output_dir)
     (output / RESULT_FILE).unlink(missing_ok=True)
-    own = resumed is not None and resumed[0].resolve().parent == output.resolve()
+    own = resumed is not None and resumed.folder.resolve().parent == output.resolve()
     step = step if own else 0
-    other_pictures = resumed is None or not own or bool(changed_flags(resumed[1]["args"], args, "pictures"))
+    other_pictures = resumed is None or not own or bool(changed_flags(resumed.metadata["args"], args, "pictures"))
     patterns = [*(ON_REQUEST if own and not changed else RESULTS), *([SHEET_FILE] if other_pictures else [])]
     left = [path for pattern in patterns for path in output.glob(pattern)]
     left += [path for number, path in list_checkpoints(output).items() if number > step]
@@ -2728,8 +2779,8 @@ def unlock_folder() -> None:
         HELD.pop().release()
 
 
-def is_finished(args: Namespace) -> bool:
-    """Whether `latest` would go on with a run that is done, and nothing that is asked for now would come out otherwise.
+def is_finished(args: Namespace, dataset: DreamBoothDataset) -> bool:
+    """Whether `latest` would go on with a run that is done, of the same pictures and with no flag changed that matters.
 
     A checkpoint cannot tell: the last one may be long before the end.
     """
@@ -2738,14 +2789,17 @@ def is_finished(args: Namespace) -> bool:
     except (OSError, ValueError):  # a result without its mark may be of another run
         return False
     changed = changed_flags(before, args, "result", "pictures", "warn", "refuse")
-    return args.resume_from_checkpoint == "latest" and not changed
+    pictures = fingerprint(dataset.sources)
+    same = not changed and before.get("training pictures", pictures) == pictures
+    return same and args.resume_from_checkpoint == "latest"
 
 
-def mark_finished(args: Namespace) -> None:
+def mark_finished(args: Namespace, dataset: DreamBoothDataset) -> None:
     """Write the last file of a run, unless a picture that the flags ask for is missing."""
     if all((Path(args.output_dir) / name).exists() for name in final_pictures(args)):
         partial = Path(args.output_dir) / f".{RESULT_FILE}{PARTIAL}"
-        partial.write_text(json.dumps(settings(args), indent=2) + "\n")
+        content = settings(args) | {"training pictures": fingerprint(dataset.sources)}
+        partial.write_text(json.dumps(content, indent=2) + "\n")
         replace_path(partial, Path(args.output_dir) / RESULT_FILE)
 
 
@@ -2883,10 +2937,10 @@ def describe_training(
     held_out = f", {len(pictures['validation'])} held out" if "validation" in pictures else ""
     flags = []
     for name, value in sorted(settings(args).items()):
-        if name != "output_dir" and value not in (None, FLAG_OF[name].default):
+        if name != "output_dir" and value != FLAG_OF[name].unset:
             path = name.endswith(("_dir", "_path", "_checkpoint")) and Path(value).is_absolute()
-            shown = str(Path(value).name if path else value)  # nobody's home folder
-            flags.append(f"    --{name}={shlex.quote(shown)}")
+            for one in value if isinstance(value, list) else [Path(value).name if path else value]:  # nobody's home
+                flags.append(f"    --{name}" + ("" if one is True else f"={shlex.quote(str(one))}"))
     rows = [
         f"- pictures: {len(pictures['instance'])} of the subject ({prompts} prompts){prior}{held_out}",
         f"- {state.step} steps of {per_step} pictures each, in {tqdm.format_interval(state.seconds)}",

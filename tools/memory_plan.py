@@ -266,19 +266,20 @@ def state_bytes(plan: Plan, parameters: list[nn.Parameter]) -> float:
     return total + (16.0 * largest if alone else 0.0)
 
 
-def decode_bytes(plan: Plan) -> int:
-    """Bytes that the VAE needs beside its weights to draw a picture."""
-    vae, side = copy.deepcopy(plan.models["vae"]), plan.args.resolution // 8
+@torch.no_grad()
+def run_vae(run: Callable, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    run(torch.randn(shape, dtype=dtype))
+
+
+def vae_bytes(plan: Plan, decodes: bool) -> int:
+    """Bytes that the VAE needs beside its weights to draw a picture, or to encode one."""
+    vae, side = copy.deepcopy(plan.models["vae"]), plan.args.resolution
     dtype = torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32
     for parameter in vae.parameters():
         parameter.data = parameter.data.to(dtype)
-    latents = (1, vae.config.latent_channels, side, side)
-    return peak_of([vae], functools.partial(decode, vae, latents, dtype))
-
-
-@torch.no_grad()
-def decode(vae: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    vae.decode(torch.randn(shape, dtype=dtype))
+    latents, pixels = (1, vae.config.latent_channels, side // 8, side // 8), (1, 3, side, side)
+    run, shape = (vae.decode, latents) if decodes else (vae.encode, pixels)
+    return peak_of([vae], functools.partial(run_vae, run, shape, dtype))
 
 
 def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Stage]:
@@ -292,12 +293,15 @@ def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Sta
     stages = []
     if args.with_prior_preservation:
         drawn = base if plan.lora else count_bytes(models["transformer"], torch.bfloat16)
-        stages.append(Stage("class pictures", drawn + vae, activations=decode_bytes(plan)))
+        stages.append(Stage("class pictures", drawn + vae, activations=vae_bytes(plan, decodes=True)))
     encoders = clip + count_bytes(models["text_encoder_2"], plan.dtype)
     stages.append(Stage("text encoders", encoders, activations=0.02 * encoders))
+    stages.append(Stage("pictures", vae, activations=float(vae_bytes(plan, decodes=False))))
     whole, internal = activations(plan, known)
     gradients = float(sum(parameter.numel() * parameter.itemsize for parameter in parameters))
     states = state_bytes(plan, parameters)
+    if args.use_ema:
+        states += 4.0 * sum(parameter.numel() for parameter in parameters)  # a float32 copy, whatever is trained
     if getattr(args, "fused_backward_pass", False):
         gradients = float(max(parameter.numel() * parameter.itemsize for parameter in parameters))
     # Kept activations go while gradients come, so the peak is at one end of the backward pass; only a second
@@ -308,7 +312,7 @@ def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Sta
         resident += clip + (0.0 if plan.lora else 3.0 * clip)
     stages.append(Stage("training", base + resident, gradients, states, max(0.0, peak - gradients)))
     if args.validation_prompt:
-        decoded = float(decode_bytes(plan))
+        decoded = float(vae_bytes(plan, decodes=True))
         stages.append(Stage("validation", base + vae, 0, states, decoded))
         final = base if plan.lora else count_bytes(models["transformer"], plan.dtype)
         stages.append(Stage("final pictures", final + vae + clip, activations=decoded))
