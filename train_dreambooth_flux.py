@@ -98,7 +98,11 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from diffusers.training_utils import (
+    EMAModel,
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData, load_torch_model, save_torch_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -269,6 +273,7 @@ class StepInputs:
     guidance: Tensor | None  # (B,), or None for a model that takes none (FLUX.1 [schnell])
     loss_weights: Tensor  # of the instance pictures; over all micro-batches and processes of a step they sum to 1
     options: Namespace  # every flag by its name
+    token_weights: Tensor | None = None  # (B, L), of masks, if there are any
 
 
 def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> StepInputs:
@@ -301,6 +306,7 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
         guidance=make_guidance(transformer, args.guidance_scale, len(embeds), device),
         loss_weights=move(batch["loss_weights"]),
         options=args,
+        token_weights=move(batch["token_weights"]) if "token_weights" in batch else None,
     )
 
 
@@ -321,17 +327,22 @@ def training_loss(transformer: nn.Module, inputs: StepInputs) -> Tensor:
     text = (inputs.prompt_embeds, inputs.pooled_prompt_embeds)
     velocity = predict_velocity(transformer, noisy_latents, inputs.sigmas, *text, inputs.guidance)
     target = pack_latents(inputs.noise - inputs.latents)
-    losses = flow_matching_loss(velocity, target, inputs.sigmas, inputs.options)
+    losses = flow_matching_loss(velocity, target, inputs.sigmas, inputs.options, inputs.token_weights)
     return weigh_losses(losses, inputs.loss_weights, inputs.options.prior_loss_weight)
 
 
-def flow_matching_loss(velocity: Tensor, target: Tensor, sigmas: Tensor, options: Namespace) -> Tensor:
+def flow_matching_loss(
+    velocity: Tensor, target: Tensor, sigmas: Tensor, options: Namespace, token_weights: Tensor | None = None
+) -> Tensor:
     """Weighted mean squared error of a packed velocity (B, L, 4C) against its target, a picture: (B,), float32.
 
     Packing is a permutation, so the mean is taken over the packed tokens. Weights: sigma_sqrt 1 / sigma^2, cosmap
-    2 / (pi * (1 - 2 sigma + 2 sigma^2)), else 1 (https://arxiv.org/abs/2403.03206).
+    2 / (pi * (1 - 2 sigma + 2 sigma^2)), else 1 (https://arxiv.org/abs/2403.03206). With `token_weights` (B, L) the
+    mean over the tokens is weighted.
     """
     errors = (velocity.float() - target.float()).square()
+    if token_weights is not None:
+        errors = errors * (token_weights / token_weights.mean(dim=1, keepdim=True).clamp(min=1e-6))[..., None]
     return compute_loss_weighting_for_sd3(options.weighting_scheme, sigmas) * errors.mean(dim=(1, 2))
 
 
@@ -438,6 +449,7 @@ class Picture:
     prompt: str
     size: Size = (1, 1)  # of the upright picture; this and a digest of its pixels are found by `check_pictures`
     digest: str = ""
+    mask: Callable[[], Image.Image] | None = None  # upright, 8-bit grey, of the picture's proportions
 
     def read(self) -> Image.Image:
         """The picture upright, in 8-bit RGB."""
@@ -473,6 +485,16 @@ def crop_picture(image: Image.Image, crop: Crop, mode: str) -> Image.Image:
     return ImageOps.mirror(image) if crop.flip else image
 
 
+def mask_tokens(mask: Image.Image | None, crop: Crop, args: Namespace) -> Tensor:
+    """Weight of each token's loss, (L,): the mean of the mask over its 16 x 16 pixels; 1 where there is no mask."""
+    width, height = (side // PIXELS_PER_TOKEN for side in crop.size)
+    if mask is None:
+        return torch.ones(height * width)
+    mask = crop_picture(mask, crop, args.image_interpolation_mode)
+    shares = torch.from_numpy(np.array(mask)).view(height, PIXELS_PER_TOKEN, width, PIXELS_PER_TOKEN).float() / 255
+    return args.unmasked_weight + (1 - args.unmasked_weight) * shares.mean(dim=(1, 3)).flatten()
+
+
 def to_pixels(image: Image.Image) -> Tensor:
     """An RGB picture as (3, height, width), float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
@@ -491,13 +513,18 @@ def nearest_size(size: Size, sizes: list[Size]) -> Size:
     return min(sizes, key=lambda to: (abs(math.log(aspect / (to[0] / to[1]))), abs(math.log(area / math.prod(to)))))
 
 
-def training_sizes(args: Namespace) -> list[Size]:
-    """What pictures are cropped to: the square of `--resolution`, or the sizes of `--aspect_ratio_buckets`."""
+def resolutions(args: Namespace) -> list[int]:
+    return args.resolution if isinstance(args.resolution, list) else [args.resolution]
+
+
+def training_sizes(args: Namespace, resolution: int | None = None) -> list[Size]:
+    """What pictures are cropped to at a resolution, by default the first: a square, or `--aspect_ratio_buckets`."""
+    side = resolution or resolutions(args)[0]
     if not args.aspect_ratio_buckets:
-        return [(args.resolution, args.resolution)]
+        return [(side, side)]
     if args.aspect_ratio_buckets == "auto":
         roots = [math.sqrt(ratio) for ratio in ASPECT_RATIOS]
-        wide = [(whole_tokens(args.resolution * root), whole_tokens(args.resolution / root)) for root in roots]
+        wide = [(whole_tokens(side * root), whole_tokens(side / root)) for root in roots]
         return list(dict.fromkeys([*wide, *((width, height) for height, width in wide)]))
     pairs = (pair.split(",") for pair in args.aspect_ratio_buckets.split(";"))
     return [(int(width), int(height)) for height, width in pairs]
@@ -514,12 +541,17 @@ class DreamBoothDataset(Dataset):
     def __init__(
         self, instance_pictures: list[Picture], class_pictures: list[Picture], args: Namespace, seed: int
     ) -> None:
-        instance, sizes = [picture for picture in instance_pictures for _ in range(args.repeats)], training_sizes(args)
-        self.sources = {"instance": instance} | ({"class": class_pictures} if class_pictures else {})
+        repeated, examples = [picture for picture in instance_pictures for _ in range(args.repeats)], []
+        for resolution, picture in itertools.product(resolutions(args), repeated):
+            size = nearest_size(picture.size, training_sizes(args, resolution))
+            if resolution == min(resolutions(args)) or resized_size(*picture.size, size)[0] <= picture.size[0]:
+                examples.append((picture, size))  # it has the pixels for it
+        self.sources = {"instance": [picture for picture, _ in examples]}
+        self.sources |= {"class": class_pictures} if class_pictures else {}
         self.args, self.seed = args, seed
         # Of each example: that of its instance picture, which the class picture is cropped to as well.
-        self.buckets = [nearest_size(instance[index % len(instance)].size, sizes) for index in range(len(self))]
-        self.cached: dict[tuple[str, int, Size], dict[str, Any]] | None = None  # by source, index in it and bucket
+        self.buckets = [examples[index % len(examples)][1] for index in range(len(self))]
+        self.cached: dict[tuple[str, int, Size, int], dict[str, Any]] | None = None  # source, index, bucket and view
 
     def __len__(self) -> int:
         return max(len(pictures) for pictures in self.sources.values())
@@ -538,7 +570,11 @@ class DreamBoothDataset(Dataset):
         image = self.sources[source][index].read()
         generator = generator_for(self.seed, "view", source, *draw)  # another name here would change every crop
         crop = draw_crop(image.size, size, self.args, generator)
-        return {"crop": crop, "pixels": to_pixels(crop_picture(image, crop, self.args.image_interpolation_mode))}
+        loaded = {"crop": crop, "pixels": to_pixels(crop_picture(image, crop, self.args.image_interpolation_mode))}
+        if self.args.mask_data_dir or self.args.alpha_mask:
+            mask = self.sources[source][index].mask
+            loaded["token_weights"] = mask_tokens(mask and mask(), crop, self.args)
+        return loaded
 
     def __getitem__(self, key: ExampleKey) -> dict[str, Any]:
         example: dict[str, Any] = {"key": key}
@@ -549,7 +585,9 @@ class DreamBoothDataset(Dataset):
             if self.cached is None:
                 loaded = self.load(source, index, size, key.epoch, key.position)
             else:
-                loaded = self.cached[source, index, size]
+                drawn = generator_for(self.seed, "cached view", source, key.epoch, key.position)
+                view = int(torch.randint(self.args.cached_views, (), generator=drawn))
+                loaded = self.cached[source, index, size, view]
             example[source] = {"prompt": "" if source in dropped else pictures[index].prompt} | loaded
         return example
 
@@ -660,17 +698,18 @@ def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBo
     What is kept is the posterior, so that each step still draws a sample of its own. Repeats of a picture get crops
     and flips of their own; where they come out the same, they are encoded once.
     """
-    examples = list(enumerate(dataset.buckets))
-    needed = [(source, index % len(part), size) for source, part in dataset.sources.items() for index, size in examples]
+    views = range(dataset.args.cached_views)
+    needed = [(source, index % len(part), size, view) for source, part in dataset.sources.items()
+              for index, size in enumerate(dataset.buckets) for view in views]  # fmt: skip
     mine = list(dict.fromkeys(needed))[accelerator.process_index :: accelerator.num_processes]
-    cached, encoded = dict[tuple[str, int, Size], dict[str, Any]](), dict[Any, LatentDistribution]()
+    cached, encoded = dict[tuple[str, int, Size, int], dict[str, Any]](), dict[Any, LatentDistribution]()
     bar = tqdm(mine, desc="Encoding pictures", leave=False, delay=2, disable=not accelerator.is_main_process or None)
-    for source, index, size in bar:
-        loaded = dataset.load(source, index, size, 0, index)
+    for source, index, size, view in bar:
+        loaded = dataset.load(source, index, size, 0, index, *([view] if view else []))
         pixels, picture = loaded.pop("pixels"), (source, dataset.sources[source][index].name, loaded["crop"])
         if picture not in encoded:
             encoded[picture] = LatentDistribution(*(part[0].cpu() for part in encode_pixels(vae, pixels[None])))
-        cached[source, index, size] = loaded | {"latents": encoded[picture]}
+        cached[source, index, size, view] = loaded | {"latents": encoded[picture]}
     dataset.cached = gather_dicts(cached)
 
 
@@ -792,7 +831,8 @@ def validation_loss(run: Run) -> float:
     total = torch.zeros((), device=device)
     transformer.eval()
     for number in own_share(accelerator, count):
-        prompt, latents = data.validation[number % count]
+        prompt, latents, weights = data.validation[number % count]
+        token_weights = None if weights is None else weights[None].to(device)
         embeds = embed_prompt(accelerator, run.trained.text_encoder, data.prompts[prompt])
         text, pooled = embeds.prompt_embeds[None].to(device), embeds.pooled_prompt_embeds[None].to(device)
         for level in range(VALIDATION_SIGMAS):
@@ -802,6 +842,7 @@ def validation_loss(run: Run) -> float:
             inputs = StepInputs(
                 latents=latents.to(device), noise=noise, sigmas=sigmas, prompt_embeds=text,
                 pooled_prompt_embeds=pooled, guidance=guidance, loss_weights=one, options=run.args,
+                token_weights=token_weights,
             )  # fmt: skip
             total += training_loss(transformer, inputs)
     transformer.train()
@@ -844,6 +885,12 @@ def draw_validation_pictures(run: Run) -> None:
     accelerator.wait_for_everyone()
 
 
+def validation_size(args: Namespace) -> Size:
+    """What `--validation_resolution` says, or the first of `--resolution`."""
+    sides = [int(side) for side in (args.validation_resolution or str(resolutions(args)[0])).split("x")]
+    return sides[0], sides[-1]
+
+
 def sample_pictures(
     args: Namespace,
     accelerator: Accelerator,
@@ -866,8 +913,7 @@ def sample_pictures(
     sampler, pictures = make_sampler(args, transformer.eval()), {}
     for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
         prompt, noise = embeds[number % count // images], generator_for(seed, "validation", number % images)
-        size = (args.resolution, args.resolution)
-        [picture] = draw_pictures(sampler, vae, [prompt], size, dtype, [noise], **options)
+        [picture] = draw_pictures(sampler, vae, [prompt], validation_size(args), dtype, [noise], **options)
         if number < count:
             pictures[number] = picture
     transformer.train(was_training)
@@ -897,6 +943,12 @@ BOUNDS = {  # of numbers, as flags name them
     "le": (operator.le, "at most {}"), "lt": (operator.lt, "below {}"),
     "multiple_of": (lambda value, other: value % other == 0, "a multiple of {}"),
 }  # fmt: skip
+
+
+def parse_resolution(text: str) -> int | list[int]:
+    """The value of `--resolution`: a side, or several."""
+    sides = [int(side) for side in text.split(",")]
+    return sides if len(sides) > 1 else sides[0]
 
 
 def parse_flow_shift(text: str) -> float | str | None:
@@ -952,7 +1004,7 @@ class Flag:
         parser.add_argument(self.name, **options)
 
     def is_on(self, args: Namespace) -> bool:
-        return getattr(args, self.dest, None) not in (None, False, 0, "", "none")
+        return getattr(args, self.dest, self.unset) not in ("", self.unset)
 
     def problems(self, args: Namespace) -> Iterator[str]:
         """What is wrong with its value."""
@@ -960,16 +1012,15 @@ class Flag:
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{self.name} is {value}; give a finite number"
         bounds = {kind: getattr(self, kind) for kind in BOUNDS if getattr(self, kind) is not None}
-        if isinstance(value, int | float) and not all(BOUNDS[kind][0](value, bounds[kind]) for kind in bounds):
-            wanted = " and ".join(BOUNDS[kind][1].format(bound) for kind, bound in bounds.items())
-            yield f"{self.name} is {value}; give {wanted}"
-        if not self.is_on(args):
-            return
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not all(BOUNDS[kind][0](number, bounds[kind]) for kind in bounds):
+                wanted = " and ".join(BOUNDS[kind][1].format(bound) for kind, bound in bounds.items())
+                yield f"{self.name} is {number}; give {wanted}"
         for other in self.needs:
-            if not getattr(args, other[2:]):
+            if self.is_on(args) and not getattr(args, other[2:]):
                 yield f"{self.name} needs {other}: give it too, or leave {self.name} out"
         for needing, package in self.packages:
-            if needing in ("", value) and find_spec(package) is None:
+            if (self.is_on(args) if needing == "" else value == needing) and find_spec(package) is None:
                 given = f"{self.name}={needing}" if needing else self.name
                 yield f"{given} needs the package {package}: pip install {package}, or give {self.name} otherwise"
 
@@ -991,14 +1042,21 @@ FLAGS = {
         Flag("--caption_extension", help="caption files beside the pictures of the folder, for example .txt"),
         Flag("--caption_dropout", float, 0.0, "share of prompts to leave empty", ge=0, lt=1),
         Flag("--instance_prompt", help="prompt with a rare word for pictures without a caption"),
+        Flag("--trigger_word", help="what {trigger} in prompts stands for; captions without it get it in front"),
+        Flag("--mask_data_dir", help="folder of masks named like the pictures: white counts fully in the loss"),
+        Flag("--alpha_mask", bool, help="take each picture's own transparency as its mask"),
+        Flag("--unmasked_weight", float, 0.1, "weight of the loss where a mask is black", ge=0, le=1),
         Flag("--repeats", int, 1, "how often each picture is seen in an epoch", ge=1),
-        Flag("--resolution", int, 512, "side of the square in pixels", ge=16, multiple_of=PIXELS_PER_TOKEN),
+        Flag("--resolution", parse_resolution, 512, "side of the square in pixels; several: each picture is trained at "
+             "all that it has pixels for, 512,768 for example", ge=16, multiple_of=PIXELS_PER_TOKEN),
         Flag("--aspect_ratio_buckets", help="crop to one of 'height,width;...', or auto"),
         Flag("--center_crop", bool, help="crop the centre; else a new random crop each epoch"),
         Flag("--random_flip", bool, help="mirror half of the pictures, drawn anew each epoch"),
         Flag("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="resize filter"),
         Flag("--dataloader_num_workers", int, 0, "processes that load pictures; 0: none", ge=0, resume="free"),
         Flag("--cache_latents", bool, help="encode each picture once, with one crop, and free the VAE"),
+        Flag("--cached_views", int, 1, "crops of each picture to keep; an epoch takes one", ge=1,
+             needs=("--cache_latents",)),
     ],
     "prior preservation": [
         Flag("--with_prior_preservation", bool, help="train on pictures of the class as well",
@@ -1013,6 +1071,7 @@ FLAGS = {
     "training": [
         Flag("--train_text_encoder", bool, help="train CLIP too (T5 always stays frozen)", sharded=False,
              resume="refuse"),
+        Flag("--init_lora", help="LoRA to start from, whatever its scale: file, folder or Hub name"),
         Flag("--train_batch_size", int, 4, "pictures per process and micro-batch", ge=1),
         Flag("--gradient_accumulation_steps", int, 1, "micro-batches per optimizer step", ge=1),
         Flag("--num_train_epochs", int, 1, "passes over the pictures", ge=1, resume="free"),
@@ -1066,6 +1125,8 @@ FLAGS = {
         Flag("--num_validation_images", int, 4, "pictures of each prompt each time", ge=1, resume="pictures"),
         Flag("--validation_epochs", int, 50, "after the first epoch, then every so many", ge=1, resume="free"),
         Flag("--validation_steps", int, help="also at the start, then every so many steps", ge=1, resume="free"),
+        Flag("--validation_resolution", help="side of the pictures, or 1024x768 (default: that of the training)",
+             resume="pictures"),
         Flag("--validation_guidance_scale", float, 3.5, "guidance of validation pictures", ge=0, resume="result"),
         Flag("--validation_num_inference_steps", int, 28, "sampling steps of the pictures", ge=1, resume="result"),
         Flag("--skip_final_inference", bool, help="draw no pictures from the saved result", resume="result"),
@@ -1105,7 +1166,9 @@ FLAG_OF = {flag.dest: flag for group in FLAG_GROUPS.values() for flag in group}
 
 def make_parser() -> argparse.ArgumentParser:
     description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]; all of them: --help", description=description)
+    usage = "%(prog)s [flags] [@file with flags]; all of them: --help"
+    parser = argparse.ArgumentParser(usage=usage, description=description, fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)  # type: ignore[method-assign]
     for title, flags in FLAG_GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
@@ -1118,6 +1181,7 @@ def problems(args: Namespace) -> Iterator[str]:
     for flag in FLAG_OF.values():
         yield from flag.problems(args)
     captions = args.caption_column or args.caption_extension
+    prompts = filter(None, (args.instance_prompt, args.class_prompt, *(args.validation_prompt or [])))
     buckets, rules = args.aspect_ratio_buckets or "auto", args.lr_step_rules or "1"
     whole = all(whole_tokens(int(side)) == int(side) for side in re.findall(r"\d+", buckets))
     known = args.optimizer.lower() in map(str.lower, OPTIMIZERS)
@@ -1140,6 +1204,17 @@ def problems(args: Namespace) -> Iterator[str]:
         f"--aspect_ratio_buckets is {buckets!r}; give auto, or height,width;height,width in multiples of "
         f"{PIXELS_PER_TOKEN}":
             not whole or not re.fullmatch(r"auto|\d+,\d+(;\d+,\d+)*", buckets),
+        "--aspect_ratio_buckets names sizes of its own; with several of --resolution give auto":
+            isinstance(args.resolution, list) and args.aspect_ratio_buckets not in (None, "", "auto"),
+        f"--validation_resolution is {args.validation_resolution!r}; give 1024 or 1024x768, in multiples of 16":
+            not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", args.validation_resolution or "1")
+            or any(int(side) % PIXELS_PER_TOKEN for side in re.findall(r"\d+", args.validation_resolution or "")),
+        "{trigger} in a prompt stands for --trigger_word; give it":
+            not args.trigger_word and any("{trigger}" in prompt for prompt in prompts),
+        "--mask_data_dir and --alpha_mask are both given; give one of them":
+            args.mask_data_dir and args.alpha_mask,
+        "--mask_data_dir needs --instance_data_dir; for a dataset give --alpha_mask":
+            args.mask_data_dir and args.dataset_name,
         "--validation_steps needs --validation_prompt or --validation_loss":
             args.validation_steps and not (args.validation_prompt or args.validation_loss),
         f"--optimizer is {args.optimizer!r}; give {', '.join(OPTIMIZERS)}":
@@ -1210,8 +1285,8 @@ def notes_on_args(args: Namespace) -> list[str]:
             prodigy and args.learning_rate <= 0.1,
         f"prodigy has one learning rate: CLIP is trained with --learning_rate={args.learning_rate} too":
             prodigy and args.train_text_encoder,
-        "--cache_latents: each picture's crop and flip are drawn once, not anew each epoch":
-            args.cache_latents and (args.random_flip or not args.center_crop),
+        "--cache_latents: each picture's crop and flip are drawn once, not anew each epoch; see --cached_views":
+            args.cache_latents and args.cached_views == 1 and (args.random_flip or not args.center_crop),
         "no --caption_column: every picture is trained with --instance_prompt":
             args.dataset_name and not args.caption_column,
         "--aspect_ratio_buckets: class pictures, drawn square, are cropped to their instance picture's bucket":
@@ -1231,12 +1306,28 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         validate_args(args)
     except UsageError as error:
         parser.error(str(error))
+    if args.trigger_word:
+        for name in ("instance_prompt", "class_prompt"):
+            setattr(args, name, (getattr(args, name) or "").replace("{trigger}", args.trigger_word) or None)
+        prompts = [prompt.replace("{trigger}", args.trigger_word) for prompt in args.validation_prompt or []]
+        args.validation_prompt = prompts or None
     return args
 
 
 def settings(args: Namespace) -> dict[str, Any]:
     """The flags as plain values, without the token: for trackers, checkpoints and the model card."""
     return {name: value for name, value in vars(args).items() if name != "hub_token"}
+
+
+def flag_lines(args: Namespace) -> list[str]:
+    """The flags that differ from their defaults, without the token, each as a line that `@file` reads."""
+    lines = []
+    for name, value in sorted(settings(args).items()):
+        if value != FLAG_OF[name].unset:
+            texts = value if isinstance(value, list) else [value]
+            texts = texts if FLAG_OF[name].kind is list else [",".join(map(str, texts)) if len(texts) > 1 else value]
+            lines += [f"--{name}" + ("" if text is True else f"={shlex.quote(str(text))}") for text in texts]
+    return lines
 
 
 def changed_flags(before: dict[str, Any], args: Namespace, *kinds: str) -> list[str]:
@@ -1379,6 +1470,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def open_alpha(open_picture: Callable[[], Image.Image]) -> Image.Image:
+    """The opacity of a picture, upright, in 8 bits."""
+    with open_picture() as stored:
+        return ImageOps.exif_transpose(stored).convert("RGBA").getchannel("A")
+
+
+def open_mask(path: Path) -> Image.Image:
+    with Image.open(path) as stored:
+        return ImageOps.exif_transpose(stored).convert("L")
+
+
+def find_masks(args: Namespace, pictures: list[Picture]) -> list[Picture]:
+    """The pictures with their masks, where there are any; a mask without a picture is named."""
+    if args.alpha_mask:
+        return [replace(picture, mask=functools.partial(open_alpha, picture.open)) for picture in pictures]
+    files = open_folder("--mask_data_dir", args.mask_data_dir)
+    masks = {path.stem: functools.partial(open_mask, path) for path in files}
+    if lost := sorted(masks.keys() - {Path(picture.name).stem for picture in pictures}):
+        logger.warning(f"--mask_data_dir has masks without a picture: {shorten(lost)}")
+    return [replace(picture, mask=masks.get(Path(picture.name).stem)) for picture in pictures]
+
+
 def check_pictures(pictures: list[Picture]) -> list[Picture]:
     """Decode every picture once, before anything expensive; returns them with their sizes and digests.
 
@@ -1387,8 +1500,11 @@ def check_pictures(pictures: list[Picture]) -> list[Picture]:
     checked, broken = [], []
     for picture in tqdm(pictures, desc="Checking pictures", unit="picture", leave=False, delay=2, disable=None):
         try:
-            image = picture.read()
-            checked.append(replace(picture, size=image.size, digest=xxhash.xxh3_64_hexdigest(image.tobytes())))
+            image, mask = picture.read(), picture.mask and picture.mask()
+            if mask and abs(math.log(mask.width / mask.height * image.height / image.width)) > 0.01:
+                raise ValueError(f"the mask has {mask.size} pixels, the picture {image.size}: other proportions")
+            digest = xxhash.xxh3_64_hexdigest(image.tobytes() + (mask.tobytes() if mask else b""))
+            checked.append(replace(picture, size=image.size, digest=digest))
         except Exception as error:  # decoders raise what they like; all of it means that it cannot be read
             broken.append(f"{picture.name}: {error}")
     if broken:
@@ -1411,6 +1527,8 @@ def report_pictures(source: str, pictures: list[Picture], sizes: list[Size]) -> 
         names = shorten([f"{name} {share:.1f} %" for share, name in sorted(found)[::-1]])
         rows.append(f"{width}x{height}: {len(found)}, cropped by {mean:.1f} %: {names}")
     rows += [f"enlarged: {shorten(enlarged)}"] if enlarged else []
+    if masks := [np.asarray(picture.mask()).mean() / 2.55 for picture in pictures if picture.mask]:
+        rows.append(f"masks: {len(masks)}, which count {min(masks):.0f} to {max(masks):.0f} % of their pictures fully")
     logger.info("\n  ".join(rows))
 
 
@@ -1423,6 +1541,16 @@ def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
         pictures = {"instance": pictures_in_folder("--instance_data_dir", args.instance_data_dir, *captions)}
     if args.validation_data_dir:
         pictures["validation"] = pictures_in_folder("--validation_data_dir", args.validation_data_dir, *captions)
+    for source, part in pictures.items():
+        if args.mask_data_dir or args.alpha_mask:
+            pictures[source] = find_masks(args, part)
+        if word := args.trigger_word:
+            prompts = [picture.prompt.replace("{trigger}", word) for picture in pictures[source]]
+            prompts = [prompt if word in prompt else f"{word} {prompt}" for prompt in prompts]
+            pictures[source] = [
+                picture if picture.prompt == args.instance_prompt else replace(picture, prompt=prompt)
+                for picture, prompt in zip(pictures[source], prompts, strict=True)
+            ]
     class_flag, folder = "--class_data_dir", args.class_data_dir
     if args.with_prior_preservation and os.path.lexists(folder) and open_folder(class_flag, folder):
         pictures["class"] = pictures_in_folder(class_flag, folder, args.class_prompt)
@@ -1433,7 +1561,8 @@ def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
             logger.warning(f"--{name} has files that are not pictures by their names, ignored: {shorten(others)}")
     for source, part in pictures.items():
         if source != "class" or not args.aspect_ratio_buckets:  # else each takes its instance picture's
-            report_pictures(source, part, training_sizes(args))
+            for resolution in resolutions(args):
+                report_pictures(source, part, training_sizes(args, resolution))
     return pictures
 
 
@@ -1452,7 +1581,7 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
     encoded = encode_prompts(args, accelerator, [args.class_prompt], dtype)  # frees the encoders: 10 GB of FLUX.1 [dev]
     if mine:
         sampler = make_sampler(args, load_base(args, dtype, accelerator.device))
-        vae, size = load_vae(args, accelerator), (args.resolution, args.resolution)
+        vae, size = load_vae(args, accelerator), (max(resolutions(args)),) * 2
         hidden = not accelerator.is_local_main_process or None  # None: where there is no terminal
         bar = tqdm(total=len(mine), desc="Generating class pictures", disable=hidden)
         for start in range(0, len(mine), args.sample_batch_size):
@@ -1748,6 +1877,11 @@ def normalize(module: Any, x: Tensor) -> Tensor:
         return nn.functional.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
+NORMS = {  # as classes: a forward of its own in each module would be compiled for each
+    kind: type(kind.__name__, (kind,), {"forward": normalize}) for kind in (nn.LayerNorm, nn.RMSNorm)
+}
+
+
 def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     """Switch on what is asked for of how the blocks compute."""
     if args.gradient_checkpointing:
@@ -1756,8 +1890,8 @@ def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     if backend:
         transformer.set_attention_backend(backend)
     for module in transformer.modules():
-        if isinstance(module, nn.RMSNorm | nn.LayerNorm):
-            module.forward = functools.partial(normalize, module)  # type: ignore[method-assign]
+        if type(module) in NORMS:
+            module.__class__ = NORMS[type(module)]
 
 
 def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
@@ -1912,7 +2046,7 @@ class TrainingData:
     vae: Any  # AutoencoderKL, or None when nothing needs it any more
     shift_factor: float
     scaling_factor: float
-    validation: list[tuple[str, Tensor]]  # prompt and latents of the pictures of the validation loss
+    validation: list[tuple[str, Tensor, Tensor | None]]  # prompt, latents, token weights for the validation loss
     metadata: dict[str, Any]  # what a checkpoint remembers of the data and the processes
     scheduler_config: Any = None  # the constants of --flow_shift=dynamic
 
@@ -2007,15 +2141,17 @@ def embed_prompt(accelerator: Accelerator, text_encoder: nn.Module | None, embed
 @torch.no_grad()
 def encode_validation_pictures(
     args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, pictures: list[Picture]
-) -> list[tuple[str, Tensor]]:
-    """Prompt and latents (1, C, H, W) of each picture: centre crop, mean of the posterior, nothing random."""
+) -> list[tuple[str, Tensor, Tensor | None]]:
+    """Prompt, latents (1, C, H, W) and weights of the tokens: centre crop, mean of the posterior, nothing random."""
     encoded, sizes = {}, training_sizes(args)
     for number in range(accelerator.process_index, len(pictures), accelerator.num_processes):
         image = pictures[number].read()
         crop = draw_crop(image.size, nearest_size(image.size, sizes), args, None)
         pixels = to_pixels(crop_picture(image, crop, args.image_interpolation_mode))
         mean = encode_pixels(vae, pixels[None]).mean.cpu()
-        encoded[number] = (pictures[number].prompt, (mean - vae.config.shift_factor) * vae.config.scaling_factor)
+        latents, mask = (mean - vae.config.shift_factor) * vae.config.scaling_factor, pictures[number].mask
+        weights = mask_tokens(mask(), crop, args) if mask else None
+        encoded[number] = (pictures[number].prompt, latents, weights)
     return [encoded for _, encoded in sorted(gather_dicts(encoded).items())]
 
 
@@ -2152,6 +2288,8 @@ def prepare_training(
     """
     transformer = load_transformer(args, accelerator)
     text_encoder = load_text_encoder(args).to(accelerator.device) if args.train_text_encoder else None
+    if args.init_lora and resumed is None:
+        start_from_lora(args, [model for model in (transformer, text_encoder) if model is not None])
     weights_only = resumed is not None and not optimizer_fits(resumed.metadata["data"], data.metadata)
     if resumed is not None and weights_only and accelerator.is_main_process:  # it gives them to the others
         for model in filter(None, (transformer, text_encoder)):
@@ -2284,6 +2422,7 @@ def check_everything(
             make_folder("--output_dir", args.output_dir)
             if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
                 make_folder("--class_data_dir", args.class_data_dir)
+            (Path(args.output_dir) / FLAGS_FILE).write_text("\n".join(flag_lines(args)) + "\n")
             found = [repo_id, resumed]
     repo_id, resumed = broadcast_object_list(found)
     check_machines(args, accelerator, resumed, pictures)
@@ -2335,6 +2474,7 @@ class Checkpoint(NamedTuple):
 
 
 STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
+FLAGS_FILE = "flags.txt"  # the flags of the last run, to be given as @flags.txt
 RESULT_FILE = "training_result.json"  # written last of all: without it a run is not finished
 LOCK_SECONDS = 60
 HELD: list[FileLock] = []  # the lock of the folder that this process writes to
@@ -2404,6 +2544,45 @@ def load_weights(model: Any, folder: Path) -> None:
     if not (folder / name).is_dir():
         raise UsageError(f"{folder} has no {name}/: it is from a run without --train_text_encoder")
     load_torch_model(model, folder / name, strict=True, filename_pattern=pattern)
+
+
+def read_lora(args: Namespace) -> dict[str, Tensor]:
+    """The layers of `--init_lora`, in float32, with its scale multiplied into B; a UsageError if it is no LoRA."""
+    try:
+        state, alphas, metadata = FluxPipeline.lora_state_dict(
+            args.init_lora,
+            return_alphas=True,
+            return_lora_metadata=True,
+            cache_dir=args.cache_dir,
+            token=args.hub_token,
+        )
+    except Exception as error:  # each loader has its own kinds
+        raise UsageError(f"--init_lora is {args.init_lora!r}, which does not load: {error}") from error
+    clip = any(name.startswith("text_encoder.") for name in state)
+    if clip and not args.train_text_encoder:
+        raise UsageError(f"--init_lora is {args.init_lora!r}, which changes CLIP too: give --train_text_encoder")
+    known, scaled = {**(alphas or {})}, {}
+    for name, value in state.items():
+        part, layer = name.partition(".")[0], name.rpartition(".lora_")[0]
+        about = {key.removeprefix(f"{part}."): of for key, of in (metadata or {}).items() if key.startswith(f"{part}.")}
+        rank = value.shape[1] if "lora_B" in name else value.shape[0]
+        patterns = [of for end, of in (about.get("alpha_pattern") or {}).items() if layer.endswith(end)]
+        alpha = float(known.get(f"{layer}.alpha", [*patterns, about.get("lora_alpha", rank)][0]))
+        scale = alpha / (math.sqrt(rank) if about.get("use_rslora") else rank)
+        scaled[name] = value.float() * (scale if "lora_B" in name else 1.0)
+    return scaled
+
+
+def start_from_lora(args: Namespace, models: list[nn.Module]) -> None:
+    """Add the changes of `--init_lora` to the weights."""
+    state = read_lora(args)
+    for model in models:
+        prefix = component_name(model) + "."
+        for name, down in state.items():
+            if name.startswith(prefix) and name.endswith(".lora_A.weight"):
+                layer = name.removeprefix(prefix).removeprefix("text_model.").removesuffix(".lora_A.weight")
+                weight: Any = model.get_submodule(layer).weight
+                weight.data += (state[name.replace("lora_A", "lora_B")] @ down).to(weight)
 
 
 def load_checkpoint(run: Run, resumed: Checkpoint) -> list[str]:
@@ -2801,11 +2980,12 @@ def final_pictures(args: Namespace) -> dict[str, str]:
 def loading_code(args: Namespace, source: str, base: str) -> str:
     """Python that loads what was trained from `source`, a folder or a repository, and draws with it."""
     prompt = (args.validation_prompt or [args.instance_prompt or "a prompt like the captions"])[0]
+    width, height = validation_size(args)
     return f"""import torch
 from diffusers import FluxPipeline
 
 pipeline = FluxPipeline.from_pretrained({json.dumps(source, ensure_ascii=False)}, torch_dtype=torch.bfloat16).to("cuda")
-image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]
+image = pipeline({prompt!r}, width={width}, height={height}).images[0]
 image.save("image.png")"""
 
 
@@ -2819,12 +2999,10 @@ def describe_training(
     prompts = len({picture.prompt for picture in pictures["instance"]})
     prior = f", {args.num_class_images} of the class" if args.with_prior_preservation else ""
     held_out = f", {len(pictures['validation'])} held out" if "validation" in pictures else ""
-    flags = []
-    for name, value in sorted(settings(args).items()):
-        if name != "output_dir" and value != FLAG_OF[name].unset:
-            path = name.endswith(("_dir", "_path", "_checkpoint")) and Path(value).is_absolute()
-            for one in value if isinstance(value, list) else [Path(value).name if path else value]:  # nobody's home
-                flags.append(f"    --{name}" + ("" if one is True else f"={shlex.quote(str(one))}"))
+    ends = ("_dir", "_path", "_checkpoint", "_lora")
+    paths = {name: Path(value).name for name, value in vars(args).items() if name.endswith(ends) and value}
+    shown = Namespace(**vars(args) | paths | {"output_dir": OUTPUT_DIR})  # nobody's home folder
+    flags = [f"    {line}" for line in flag_lines(shown)]
     rows = [
         f"- pictures: {len(pictures['instance'])} of the subject ({prompts} prompts){prior}{held_out}",
         f"- {state.step} steps of {per_step} pictures each, in {tqdm.format_interval(state.seconds)}",
@@ -2861,7 +3039,7 @@ def write_model_card(
 # {repo_id.split("/")[-1]}
 
 A DreamBooth {KIND} of {f"`{Path(base).name}`" if local else f"[{base}](https://huggingface.co/{base})"}, trained for
-{state.step} steps at {args.resolution} px. {clip}.
+{state.step} steps at {", ".join(map(str, resolutions(args)))} px. {clip}.
 
 {"<Gallery />" if images else ""}
 

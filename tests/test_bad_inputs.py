@@ -371,7 +371,7 @@ TABLE: dict[str, tuple[Build, list[str]]] = {
         damaged_checkpoint("checkpoint-3"),
         ["checkpoint-3", "damaged", "optimizer.bin"],
     ),
-    "no checkpoint that is whole": (damaged_checkpoint("latest"), ["--resume_from_checkpoint=latest", "whole"]),
+    "no checkpoint that is whole": (damaged_checkpoint("latest"), ["--resume_from_checkpoint=latest", "can be used"]),
     "a checkpoint with half a state": (broken_state('{"files": {'), ["checkpoint-3", "training_state.json", "damaged"]),
     "a checkpoint with an edited state": (
         broken_state('{"files": {}, "facts": {}, "checksum": 1}'),

@@ -60,7 +60,7 @@ def test_without_a_seed_one_is_drawn_and_a_resumed_run_keeps_it(
     base_flags.remove("--seed=0")
     output = run(script, "--checkpointing_steps=1")
     args = script.parse_args([*base_flags, "--resume_from_checkpoint=latest"])
-    path, facts = script.find_checkpoint(args)
+    path, facts = found = script.find_checkpoint(args)
     assert path == output / "checkpoint-2" and facts["args"]["seed"] is None
-    state = script.start_state(args, (path, facts))
+    state = script.start_state(args, found)
     assert (state.step, state.seed) == (2, facts["state"]["seed"])

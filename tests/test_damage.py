@@ -156,7 +156,7 @@ def test_latest_without_a_whole_checkpoint_is_an_error(
     for path in files_of(output / "checkpoint-2"):
         content = path.read_bytes()
         damage(path, how)
-        with pytest.raises(script.UsageError, match="no checkpoint is whole"):
+        with pytest.raises(script.UsageError, match="no checkpoint can be used"):
             find(script, output)
         path.write_bytes(content)
 
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_the_other_script_is_refused(trained: dict[str, Path], s
     for wanted in ("checkpoint-2", str(other / "checkpoint-1")):
         with pytest.raises(script.UsageError, match=rf"{other.name}.*other weights"):
             find(script, other, wanted)
-    with pytest.raises(script.UsageError, match="no checkpoint is whole"):
+    with pytest.raises(script.UsageError, match="no checkpoint can be used"):
         find(script, other)
 
 

@@ -266,7 +266,9 @@ def check_machines(script: ModuleType, tmp_path: Path, seen: Any, engine: str, r
 )
 def test_what_a_machine_lacks_is_said(script: ModuleType, tmp_path: Path, seen: Any, message: str) -> None:
     with pytest.raises(script.UsageError, match=message):
-        check_machines(script, tmp_path, seen, DistributedType.FSDP, None if seen[1] else (tmp_path, {}))
+        check_machines(
+            script, tmp_path, seen, DistributedType.FSDP, None if seen[1] else script.Checkpoint(tmp_path, {})
+        )
 
 
 def test_replicas_need_no_shared_output_folder(script: ModuleType, tmp_path: Path) -> None:

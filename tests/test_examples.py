@@ -335,7 +335,7 @@ def number_of(prompt: str) -> float:
 def cache_numbers(script: ModuleType, dataset: Any, deviation: float) -> None:
     """Instead of latents: the number of the prompt, spread by `deviation`."""
     dataset.cached = {
-        (source, index, (16, 16)): {
+        (source, index, (16, 16), 0): {
             "latents": script.LatentDistribution(
                 torch.full((16, 4, 4), number_of(picture.prompt)), torch.full((16, 4, 4), deviation)
             )

@@ -404,7 +404,7 @@ def test_long_lists_of_a_report_are_cut_and_counted(script: ModuleType) -> None:
 def test_an_epoch_has_each_picture_as_often_as_repeats_says(script: ModuleType, pictures: Path, repeats: int) -> None:
     args = argparse.Namespace(
         repeats=repeats, resolution=32, image_interpolation_mode="box", center_crop=True, random_flip=False,
-        caption_dropout=0.0, aspect_ratio_buckets=None,
+        caption_dropout=0.0, aspect_ratio_buckets=None, mask_data_dir=None, alpha_mask=False,
     )  # fmt: skip
     dataset = script.DreamBoothDataset(read_folder(script, pictures), [], args, 0)
     schedule = script.MicroBatches(len(dataset), 2, 1, 0, 1, 0, 0, math.ceil(len(dataset) / 2))

@@ -165,17 +165,16 @@ def test_swapped_blocks_are_fetched_ahead_in_the_direction_of_travel() -> None:
     swap.load(0)
     assert torch.equal(blocks[0].weight, weights[0])  # type: ignore[arg-type]
     assert list(swap.copies) == [1]  # on the way
-    for number in (1, 2):
+    on_their_way = []
+    for number in (1, 2, 2, 1, 0, 0, 1):  # forward, backward, and the next forward pass
         swap.load(number)
-    assert not swap.copies
-    swap.load(2)
-    swap.load(1)
-    assert 0 in swap.copies  # backwards
-    swap.load(0)
-    swap.load(1)
-    swap.load(2)
-    swap.load(0)
-    assert list(swap.copies) == [1]  # forwards again, as in sampling
+        on_their_way += [list(swap.copies)]
+    assert on_their_way == [[2], [2], [1], [0], [0], [1], [2]]
+    with torch.no_grad():  # sampling goes forward only
+        for number in (2, 0):
+            swap.load(number)
+            on_their_way += [list(swap.copies)]
+    assert on_their_way[-2:] == [[0], [1]]
 
 
 def test_swapped_blocks_wait_in_one_piece_of_host_memory() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 
 from conftest import SCRIPTS, Run
 from tests.local_hub import HubState
@@ -28,13 +29,21 @@ def read_command(block: str) -> tuple[str, list[str]]:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: read_command(block)[1][2].split("=")[1])
 def test_a_command_runs_to_its_end(
-    block: str, run: Run, hub: HubState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: str, run: Run, hub: HubState, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb_runs = len(list(Path(os.environ["WANDB_DIR"]).glob("wandb/offline-run-*/*.wandb")))
     monkeypatch.setenv("HF_TOKEN", "hf_from_the_login")
     name, flags = read_command(block)
     [script] = [script for script in SCRIPTS.values() if Path(script.__file__).name == name]
+    (tmp_path / "masks").mkdir()
+    for path in pictures.iterdir():
+        with Image.open(path) as picture:
+            picture.convert("L").save(tmp_path / "masks" / f"{path.stem}.png")
+    lora = None
+    if any(flag.startswith("--init_lora") for flag in flags):
+        lora = run(script, "--rank=16", f"--output_dir={tmp_path / 'first'}", "--max_train_steps=1")
     small = {
+        "--mask_data_dir": str(tmp_path / "masks"), "--init_lora": str(lora), "--validation_resolution": "48x32",
         "--pretrained_model_name_or_path": None, "--instance_data_dir": None, "--output_dir": None,
         "--resolution": "32", "--max_train_steps": "6",
         "--class_data_dir": str(tmp_path / "class"), "--num_class_images": "2",

@@ -132,7 +132,7 @@ def record(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Record:
         inputs = prepare_inputs(run, batch, sigma_table)
         seen.keys.setdefault(run.state.step + 1, []).append(batch["keys"])
         seen.inputs.setdefault(run.state.step + 1, []).append(
-            {key: copied(value) for key, value in vars(inputs).items()}
+            {key: copied(value) for key, value in vars(inputs).items() if key != "options"}
         )
         return inputs
 

@@ -378,6 +378,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     script = load_script(options.script)
     args = script.parse_args(options.flags)
+    args.resolution = max(script.resolutions(args))
     models, source = load_models(args.pretrained_model_name_or_path)
     plan, known = Plan(script, args, models), {}  # type: Plan, dict[tuple, tuple[float, float]]
     stages = plan_stages(plan, known)

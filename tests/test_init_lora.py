@@ -1,0 +1,86 @@
+"""--init_lora: a LoRA of any scale becomes the starting weights, of adapters or of the whole model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import train_dreambooth_flux as full
+import train_dreambooth_lora_flux as lora
+from conftest import Run
+
+FLAGS = ["--validation_loss", "--validation_steps=3", "--max_train_steps=3", "--upcast_before_saving", "--rank=2"]
+CLIP = ["--train_text_encoder", "--text_encoder_lr=1e-2", "--learning_rate=1e-2"]
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    logged: list[float] = []
+    names = ("validation_loss",)
+    monkeypatch.setattr(
+        Accelerator, "log", lambda _, values, step: logged.extend(values[name] for name in names if name in values)
+    )
+    return logged
+
+
+@pytest.mark.parametrize("alpha", ["--lora_alpha=2", "--lora_alpha=7", "--use_rslora"])
+def test_the_first_validation_loss_is_the_last_of_the_run_that_wrote_the_file(
+    run: Run, losses: list[float], alpha: str, tmp_path: Path
+) -> None:
+    written = run(lora, *FLAGS, *CLIP, "--lora_alpha=3")
+    flags = [f"--init_lora={written}", f"--output_dir={tmp_path / 'next'}"]
+    run(lora, *FLAGS, *CLIP, alpha, *flags)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5) and losses[0] > 1.001 * losses[1]
+
+
+def test_the_full_script_starts_from_the_merged_weights(run: Run, losses: list[float], tmp_path: Path) -> None:
+    written = run(lora, *FLAGS, *CLIP, "--lora_alpha=3")
+    flags = [flag for flag in FLAGS if not flag.startswith("--rank")]
+    run(full, *flags, *CLIP, f"--init_lora={written / lora.LORA_FILE}", f"--output_dir={tmp_path / 'next'}")
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_scale_that_stands_in_the_metadata_counts(run: Run, losses: list[float], tmp_path: Path) -> None:
+    """As other trainers write them: alpha beside the weights, and not in them."""
+    written = run(lora, *FLAGS, "--learning_rate=1e-2") / lora.LORA_FILE
+    with safe_open(written, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+        state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["transformer.lora_alpha"] = 5  # of rank 2: the weights are multiplied by 2.5
+    state = {name: value / 2.5 if "lora_B" in name else value for name, value in state.items()}
+    other = tmp_path / "other.safetensors"
+    save_file(state, other, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
+    run(lora, *FLAGS, f"--init_lora={other}", f"--output_dir={tmp_path / 'next'}")
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_what_does_not_fit_is_one_message(run: Run, tmp_path: Path) -> None:
+    written = run(lora, *FLAGS, *CLIP)
+    for flags, words in (
+        (["--rank=3", "--train_text_encoder"], r"of rank \[2\], and --rank is 3"),
+        (["--rank=2"], "give --train_text_encoder"),
+        (
+            ["--rank=2", "--train_text_encoder", "--lora_layers=attn.to_q"],
+            "other adapters than this run",
+        ),
+    ):
+        with pytest.raises(lora.UsageError, match=words):
+            run(lora, *flags, f"--init_lora={written}", f"--output_dir={tmp_path / 'next'}")
+    with pytest.raises(full.UsageError, match=r"--init_lora is .*which does not load"):
+        run(full, f"--init_lora={tmp_path}")
+
+
+def test_a_resumed_run_takes_its_checkpoint_and_not_the_lora(run: Run, tmp_path: Path) -> None:
+    written = run(lora, "--rank=2")
+    flags = ["--rank=2", f"--init_lora={written}", "--checkpointing_steps=1", f"--output_dir={tmp_path / 'next'}"]
+    whole = run(lora, *flags, "--max_train_steps=3")
+    expected = torch.load(whole / "checkpoint-3" / "optimizer.bin")["state"]
+    resumed = run(lora, *flags[:3], "--max_train_steps=3", f"--output_dir={tmp_path / 'other'}",
+                  f"--resume_from_checkpoint={whole / 'checkpoint-2'}")  # fmt: skip
+    got = torch.load(resumed / "checkpoint-3" / "optimizer.bin")["state"]
+    assert all(torch.equal(got[key]["exp_avg"], expected[key]["exp_avg"]) for key in expected)
