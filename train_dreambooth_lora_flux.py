@@ -506,41 +506,6 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
-def resized_size(width: int, height: int, size: Size) -> Size:
-    """Width and height of a picture that was resized to cover `size`, its aspect kept."""
-    if width * size[1] <= height * size[0]:
-        return size[0], int(size[0] * height / width)
-    return int(size[1] * width / height), size[1]
-
-
-def nearest_size(size: Size, sizes: list[Size]) -> Size:
-    """Which of `sizes` is nearest to `size` in log aspect ratio, and among equals in log area; all width, height."""
-    aspect, area = size[0] / size[1], math.prod(size)
-    return min(sizes, key=lambda to: (abs(math.log(aspect / (to[0] / to[1]))), abs(math.log(area / math.prod(to)))))
-
-
-def resolutions(args: Namespace) -> list[int]:
-    return args.resolution if isinstance(args.resolution, list) else [args.resolution]
-
-
-def training_sizes(args: Namespace, resolution: int | None = None) -> list[Size]:
-    """What pictures are cropped to at a resolution, by default the first: a square, or `--aspect_ratio_buckets`."""
-    side = resolution or resolutions(args)[0]
-    if not args.aspect_ratio_buckets:
-        return [(side, side)]
-    if args.aspect_ratio_buckets == "auto":
-        roots = [math.sqrt(ratio) for ratio in ASPECT_RATIOS]
-        wide = [(whole_tokens(side * root), whole_tokens(side / root)) for root in roots]
-        return list(dict.fromkeys([*wide, *((width, height) for height, width in wide)]))
-    pairs = (pair.split(",") for pair in args.aspect_ratio_buckets.split(";"))
-    return [(int(width), int(height)) for height, width in pairs]
-
-
-def whole_tokens(pixels: float) -> int:
-    """The nearest side that the transformer can take."""
-    return max(1, round(pixels / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
-
-
 class DreamBoothDataset(Dataset):
     """Instance pictures, repeated, each paired with a class picture where there are any, as `args` say."""
 
@@ -687,15 +652,6 @@ def sample_latents(
     """A draw from the posterior, scaled as the transformer wants it: (B, C, H, W)."""
     sample = distribution.mean + distribution.std * noise
     return (sample - shift_factor) * scaling_factor
-
-
-@torch.no_grad()
-def decode_latents(vae: AutoencoderKL, packed_latents: Tensor, size: Size) -> Image.Image:
-    """The picture, of `size` in pixels, of packed latents (1, L, 4C)."""
-    latents = FluxPipeline._unpack_latents(packed_latents, size[1], size[0], vae_scale_factor=8)
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample[0].float().cpu()
-    return Image.fromarray(((pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset) -> None:
@@ -1544,6 +1500,41 @@ def check_pictures(pictures: list[Picture]) -> list[Picture]:
     return checked
 
 
+def resized_size(width: int, height: int, size: Size) -> Size:
+    """Width and height of a picture that was resized to cover `size`, its aspect kept."""
+    if width * size[1] <= height * size[0]:
+        return size[0], int(size[0] * height / width)
+    return int(size[1] * width / height), size[1]
+
+
+def nearest_size(size: Size, sizes: list[Size]) -> Size:
+    """Which of `sizes` is nearest to `size` in log aspect ratio, and among equals in log area; all width, height."""
+    aspect, area = size[0] / size[1], math.prod(size)
+    return min(sizes, key=lambda to: (abs(math.log(aspect / (to[0] / to[1]))), abs(math.log(area / math.prod(to)))))
+
+
+def resolutions(args: Namespace) -> list[int]:
+    return args.resolution if isinstance(args.resolution, list) else [args.resolution]
+
+
+def training_sizes(args: Namespace, resolution: int | None = None) -> list[Size]:
+    """What pictures are cropped to at a resolution, by default the first: a square, or `--aspect_ratio_buckets`."""
+    side = resolution or resolutions(args)[0]
+    if not args.aspect_ratio_buckets:
+        return [(side, side)]
+    if args.aspect_ratio_buckets == "auto":
+        roots = [math.sqrt(ratio) for ratio in ASPECT_RATIOS]
+        wide = [(whole_tokens(side * root), whole_tokens(side / root)) for root in roots]
+        return list(dict.fromkeys([*wide, *((width, height) for height, width in wide)]))
+    pairs = (pair.split(",") for pair in args.aspect_ratio_buckets.split(";"))
+    return [(int(width), int(height)) for height, width in pairs]
+
+
+def whole_tokens(pixels: float) -> int:
+    """The nearest side that the transformer can take."""
+    return max(1, round(pixels / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
+
+
 def report_pictures(source: str, pictures: list[Picture], sizes: list[Size]) -> None:
     """Log what pictures there are, how much of them a crop to the nearest of `sizes` loses, and which are enlarged."""
     cropped, enlarged = dict[Size, list[tuple[float, str]]](), []
@@ -1678,6 +1669,15 @@ def draw_pictures(
         **options,
     ).images
     return [decode_latents(vae, own[None], size) for own in latents]
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, packed_latents: Tensor, size: Size) -> Image.Image:
+    """The picture, of `size` in pixels, of packed latents (1, L, 4C)."""
+    latents = FluxPipeline._unpack_latents(packed_latents, size[1], size[0], vae_scale_factor=8)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample[0].float().cpu()
+    return Image.fromarray(((pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
