@@ -140,6 +140,7 @@ def main(args: Namespace) -> None:
     pictures, resumed, repo_id = check_everything(args, accelerator)  # what can go wrong, before a model is loaded
     state = start_state(args, resumed)
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)  # draws the class pictures that are missing
+    given = flag_lines(args)
     resolve_steps(args, accelerator, dataset, state)
     if broadcast_object_list([is_finished(args, dataset)])[0]:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
@@ -147,7 +148,7 @@ def main(args: Namespace) -> None:
             push_to_hub(args, repo_id)
         accelerator.end_training()
         return
-    start_trackers(args, accelerator)
+    start_trackers(args, accelerator, given)
     data = prepare_data(args, accelerator, dataset, pictures)  # prompts to embeddings, pictures to latents
     train_and_save(args, accelerator, data, resumed, state)
     if args.validation_prompt and not args.skip_final_inference:
@@ -2277,10 +2278,12 @@ def start_state(args: Namespace, resumed: Checkpoint | None) -> RunState:
     return RunState(0, seed)
 
 
-def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
-    """Begin what `--report_to` names, with all settings."""
+def start_trackers(args: Namespace, accelerator: Accelerator, given: list[str]) -> None:
+    """Begin what `--report_to` names, with all settings, and write down the flags as they were `given`."""
     config = {name: "" if value is None else value for name, value in settings(args).items()}
     config = {name: json.dumps(value) if isinstance(value, list) else value for name, value in config.items()}
+    if accelerator.is_main_process:
+        (Path(args.output_dir) / FLAGS_FILE).write_text("\n".join(given) + "\n")
     try:
         accelerator.init_trackers(PROJECT, config=config)
     except Exception as error:  # each tracker has its own kinds
@@ -2513,7 +2516,6 @@ def check_everything(
             make_folder("--output_dir", args.output_dir)
             if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
                 make_folder("--class_data_dir", args.class_data_dir)
-            (Path(args.output_dir) / FLAGS_FILE).write_text("\n".join(flag_lines(args)) + "\n")
             found = [repo_id, resumed]
     repo_id, resumed = broadcast_object_list(found)
     check_machines(args, accelerator, resumed, pictures)

@@ -341,4 +341,4 @@ def test_the_validation_loss_is_that_of_the_buckets_shapes(
     monkeypatch.setattr(script, "validation_loss", lambda run: validated.append(run.data.validation) or 1.0)
     run(script, EXPLICIT, f"--instance_data_dir={shapes}", "--validation_loss", "--max_train_steps=1")
     wanted = [(1, 16, height // 8, width // 8) for width, height in BUCKETS]
-    assert [tuple(latents.shape) for _, latents in validated[0]] == wanted
+    assert [tuple(latents.shape) for _, latents, _ in validated[0]] == wanted

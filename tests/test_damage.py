@@ -273,7 +273,7 @@ def test_a_full_disk_ends_the_run_and_the_last_good_checkpoint_goes_on(
     assert needed and "checkpoint-2" in message and "\n" not in message
     size = sum(path.stat().st_size for path in files_of(output / "checkpoint-1"))
     assert size <= int(needed[1].replace(",", "")) < size + 2**21
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-1"]
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-1", "flags.txt"]
     run(script, *flags, "--resume_from_checkpoint=latest")
     assert_same_weights(script, output, trained[script.__name__])
 
@@ -288,7 +288,7 @@ def test_a_disk_that_is_full_at_the_result_ends_the_run_with_one_line_and_no_lef
         patch.setattr(script, "replace_path", refuse)
         with pytest.raises(script.RunError, match=r"^[^\n]*[\d,]+ bytes[^\n]*--resume_from_checkpoint=latest[^\n]*$"):
             run(script, "--resume_from_checkpoint=latest", "--checkpointing_steps=1")
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-1", "checkpoint-2", "flags.txt"]
     run(script, "--resume_from_checkpoint=latest")
     assert_same_weights(script, output, trained[script.__name__])
 

@@ -369,7 +369,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
     with pytest.raises(script.RunError, match=rf"{value} at step 3\b"):
         run(script, "--max_train_steps=5", "--checkpointing_steps=1")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["checkpoint-1", "checkpoint-2"]
+    assert names == ["checkpoint-1", "checkpoint-2", "flags.txt"]
 
 
 @one_script
@@ -395,4 +395,4 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_a_checkpoint_holds_it
     monkeypatch.setattr(script, "training_loss", spoil)
     with pytest.raises(script.RunError, match=r"at step 2\b"):
         run(script, "--max_train_steps=5", "--checkpointing_steps=1")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1", "flags.txt"]

@@ -365,7 +365,7 @@ def test_an_output_folder_that_was_removed_is_made_again(
     plain = script.train
 
     def train(*given: Any) -> None:
-        (tmp_path / "out").rmdir()
+        shutil.rmtree(tmp_path / "out")
         plain(*given)
 
     monkeypatch.setattr(script, "train", train)
