@@ -2001,7 +2001,7 @@ class PerParameterOptimizer(torch.optim.Optimizer):
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         self.squared_norm = self.squared_norm.to(norm.device) + norm.square()
         if self.max_grad_norm < math.inf:  # as `clip_grad_norm_` does, in a quarter of its kernels
-            gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1).to(gradient.dtype))
+            gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1))
         self.update(number)
 
     def take_norm(self) -> Tensor:
