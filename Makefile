@@ -12,8 +12,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes=1 --num_machines=1 --mixed_pr
 	--num_cpu_threads_per_process=$(CORES)
 
 PYTEST := $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
-QUICK := accumulation arguments buckets captions examples images masks optimizer pipeline_agreement shared_code \
-	sizes_and_words step unchanged
+QUICK := accumulation arguments buckets captions examples images optimizer pipeline_agreement shared_code step unchanged
 
 .PHONY: demo test quick faults check clean
 
