@@ -508,10 +508,12 @@ class DreamBoothDataset(Dataset):
         self, instance_pictures: list[Picture], class_pictures: list[Picture], args: Namespace, seed: int
     ) -> None:
         repeated, examples = [picture for picture in instance_pictures for _ in range(args.repeats)], []
-        for resolution, picture in itertools.product(resolutions(args), repeated):
-            size = nearest_size(picture.size, training_sizes(args, resolution))
-            if resolution == min(resolutions(args)) or resized_size(*picture.size, size)[0] <= picture.size[0]:
-                examples.append((picture, size))  # it has the pixels for it
+        for resolution in resolutions(args):
+            sizes, smallest = training_sizes(args, resolution), resolution == min(resolutions(args))
+            for picture in repeated:
+                size = nearest_size(picture.size, sizes)
+                if smallest or resized_size(*picture.size, size)[0] <= picture.size[0]:  # it has the pixels for it
+                    examples.append((picture, size))
         self.sources = {"instance": [picture for picture, _ in examples]}
         self.sources |= {"class": class_pictures} if class_pictures else {}
         self.args, self.seed = args, seed
@@ -1519,9 +1521,16 @@ def report_pictures(source: str, pictures: list[Picture], sizes: list[Size]) -> 
         names = shorten([f"{name} {share:.1f} %" for share, name in sorted(found)[::-1]])
         rows.append(f"{width}x{height}: {len(found)}, cropped by {mean:.1f} %: {names}")
     rows += [f"enlarged: {shorten(enlarged)}"] if enlarged else []
-    if masks := [np.asarray(picture.mask()).mean() / 2.55 for picture in pictures if picture.mask]:
-        rows.append(f"masks: {len(masks)}, which count {min(masks):.0f} to {max(masks):.0f} % of their pictures fully")
     logger.info("\n  ".join(rows))
+
+
+def with_trigger(args: Namespace, picture: Picture) -> Picture:
+    """The picture, `--trigger_word` in its caption: in the place of {trigger}, or in front where it is missing."""
+    word = args.trigger_word
+    if not word or picture.prompt == args.instance_prompt:
+        return picture
+    caption = picture.prompt.replace("{trigger}", word)
+    return replace(picture, prompt=caption if word in caption else f"{word} {caption}")
 
 
 def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
@@ -1536,13 +1545,7 @@ def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
     for source, part in pictures.items():
         if args.mask_data_dir or args.alpha_mask:
             pictures[source] = find_masks(args, part)
-        if word := args.trigger_word:
-            prompts = [picture.prompt.replace("{trigger}", word) for picture in pictures[source]]
-            prompts = [prompt if word in prompt else f"{word} {prompt}" for prompt in prompts]
-            pictures[source] = [
-                picture if picture.prompt == args.instance_prompt else replace(picture, prompt=prompt)
-                for picture, prompt in zip(pictures[source], prompts, strict=True)
-            ]
+        pictures[source] = [with_trigger(args, picture) for picture in pictures[source]]
     class_flag, folder = "--class_data_dir", args.class_data_dir
     if args.with_prior_preservation and os.path.lexists(folder) and open_folder(class_flag, folder):
         pictures["class"] = pictures_in_folder(class_flag, folder, args.class_prompt)
@@ -1555,6 +1558,9 @@ def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
         if source != "class" or not args.aspect_ratio_buckets:  # else each takes its instance picture's
             for resolution in resolutions(args):
                 report_pictures(source, part, training_sizes(args, resolution))
+        if masks := [np.asarray(picture.mask()).mean() / 2.55 for picture in part if picture.mask]:
+            share = f"{min(masks):.0f} to {max(masks):.0f} % of their pictures"
+            logger.info(f"{len(masks)} of {len(part)} {source} pictures have masks, which count {share} fully")
     return pictures
 
 
@@ -3002,8 +3008,9 @@ def describe_training(
     prior = f", {args.num_class_images} of the class" if args.with_prior_preservation else ""
     held_out = f", {len(pictures['validation'])} held out" if "validation" in pictures else ""
     ends = ("_dir", "_path", "_checkpoint", "_lora")
-    paths = {name: Path(value).name for name, value in vars(args).items() if name.endswith(ends) and value}
-    shown = Namespace(**vars(args) | paths | {"output_dir": OUTPUT_DIR})  # nobody's home folder
+    given = {name: Path(value) for name, value in vars(args).items() if name.endswith(ends) and value}
+    paths = {name: path.name for name, path in given.items() if path.is_absolute()}  # nobody's home folder
+    shown = Namespace(**vars(args) | paths | {"output_dir": OUTPUT_DIR})
     flags = [f"    {line}" for line in flag_lines(shown)]
     rows = [
         f"- pictures: {len(pictures['instance'])} of the subject ({prompts} prompts){prior}{held_out}",

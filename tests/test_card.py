@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import ModelCardData
 
@@ -72,6 +73,15 @@ def test_the_card_tells_no_path_of_this_machine(script: ModuleType, run: Run, tm
     text = (run(script, *DRAWN, "--train_text_encoder") / "README.md").read_text()
     settings = text.split("## Training")[1]
     assert str(tmp_path.parent) not in settings and "--instance_data_dir=" in settings
+
+
+def test_the_card_names_a_model_of_the_hub_whole_and_a_folder_by_its_last_name(
+    script: ModuleType, base_flags: list[str]
+) -> None:
+    flags = ["--pretrained_model_name_or_path=owner/flux", "--instance_data_dir=/home/me/dogs"]
+    args = script.parse_args([*base_flags, *flags])
+    text = script.describe_training(args, Accelerator(), {"instance": []}, script.RunState(1, 0))
+    assert "--pretrained_model_name_or_path=owner/flux\n" in text and "--instance_data_dir=dogs\n" in text
 
 
 def test_the_card_shows_only_pictures_that_exist(script: ModuleType, run: Run) -> None:

@@ -154,7 +154,10 @@ def test_masks_are_counted_and_those_without_a_picture_named(
     (masks / "dog_2.webp").rename(masks / "cat.webp")
     with caplog.at_level(logging.INFO):
         dataset = dataset_of(script, f"--instance_data_dir={pictures}", f"--mask_data_dir={masks}")
-    assert "masks without a picture: cat" in caplog.text and "masks: 2, which count" in caplog.text
+    assert (
+        "masks without a picture: cat" in caplog.text
+        and "2 of 3 instance pictures have masks, which count" in caplog.text
+    )
     [unmasked] = [index for index in range(3) if dataset.sources["instance"][index].mask is None]
     assert dataset.load("instance", unmasked, (64, 64), 0, 0)["token_weights"].tolist() == [1.0] * 16
 
