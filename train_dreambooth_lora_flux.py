@@ -3194,7 +3194,7 @@ def closing_summary(args: Namespace, state: RunState) -> str:
     """What a finished run says: where everything is, and the code that uses the result."""
     output, took = Path(args.output_dir), tqdm.format_interval(state.seconds)
     made = ", ".join(name for name in (*RESULTS, SHEET_FILE, "checkpoint-*") if any(output.glob(name)))
-    logs = "" if args.report_to == "none" else f"\n  Curves: {output / args.logging_dir}"
+    logs = f"\n  Curves: {output / args.logging_dir}" if (output / args.logging_dir).is_dir() else ""
     code = textwrap.indent(loading_code(args, args.output_dir, args.pretrained_model_name_or_path), "    ")
     return f"Done: {state.step} steps in {took}. In {output}: {made}{logs}\n  To use the result:\n{code}"
 
