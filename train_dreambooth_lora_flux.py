@@ -26,7 +26,7 @@ To change something, edit this. Everything but `FLAGS` (section 8) is in part on
     a flag                      a line of `FLAGS`; in the loss it is `options.NAME`, elsewhere `args.NAME`
     the loss, or its target     `flow_matching_loss`, `training_loss`: all they may depend on is in `StepInputs`
     how noise levels are drawn  `sample_sigmas`
-    what an example holds       `DreamBoothDataset.load`; from there to the loss: `collate`, `prepare_inputs`
+    what an example holds       `load_picture`; from there to the loss: `collate`, `prepare_inputs`
     the crop, the flip          `draw_crop`, `crop_picture`
     which layers are trained    `TRANSFORMER_TARGETS`; from which weights: `load_transformer`, `add_adapter`
     an optimizer                an entry of `OPTIMIZERS`
@@ -507,6 +507,18 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
+def load_picture(
+    picture: Picture, size: Size, args: Namespace, generator: torch.Generator | None = None
+) -> dict[str, Any]:
+    """What an example holds of a picture; whatever else stands beside its pixels (a mask, a weight) is added here."""
+    image = picture.read()
+    crop = draw_crop(image.size, size, args, generator)
+    loaded = {"crop": crop, "pixels": to_pixels(crop_picture(image, crop, args.image_interpolation_mode))}
+    if args.mask_data_dir or args.alpha_mask:
+        loaded["token_weights"] = mask_tokens(picture.mask and picture.mask(), crop, args)
+    return loaded
+
+
 class DreamBoothDataset(Dataset):
     """Instance pictures, repeated, each paired with a class picture where there are any, as `args` say."""
 
@@ -537,18 +549,9 @@ class DreamBoothDataset(Dataset):
         return list(dict.fromkeys(prompts + ([""] if self.args.caption_dropout else [])))
 
     def load(self, source: str, index: int, size: Size, *draw: int) -> dict[str, Any]:
-        """What an example holds of a picture; whatever else stands beside its pixels (a mask, a weight) is added here.
-
-        `draw` names the crop's draw. With `--cache_latents` the pixels become latents once, and the rest is kept.
-        """
-        image = self.sources[source][index].read()
+        """A picture at `size`, cropped as `draw` names; with `--cache_latents` its pixels become latents, once."""
         generator = generator_for(self.seed, "view", source, *draw)  # another name here would change every crop
-        crop = draw_crop(image.size, size, self.args, generator)
-        loaded = {"crop": crop, "pixels": to_pixels(crop_picture(image, crop, self.args.image_interpolation_mode))}
-        if self.args.mask_data_dir or self.args.alpha_mask:
-            mask = self.sources[source][index].mask
-            loaded["token_weights"] = mask_tokens(mask and mask(), crop, self.args)
-        return loaded
+        return load_picture(self.sources[source][index], size, self.args, generator)
 
     def __getitem__(self, key: ExampleKey) -> dict[str, Any]:
         example: dict[str, Any] = {"key": key}
@@ -570,7 +573,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """B examples as one batch of B pictures, or of 2B: all instance pictures, then all class pictures.
 
     Returns:
-        "keys": list of B; "loss_weights": (B,); "prompts": list of B or 2B; then all that `load` gives, stacked:
+        "keys": list of B; "loss_weights": (B,); "prompts": list of B or 2B; then all of `load_picture`, stacked:
         "pixels": (B or 2B, 3, H, W), or "latents": a LatentDistribution of (B or 2B, C, h, w) each; "crop".
     """
     sources = [source for source in ("instance", "class") if source in examples[0]]
@@ -786,28 +789,24 @@ def make_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer
     return make(groups, lr=args.learning_rate, **entry.settings(args, device))
 
 
-def make_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule, which moves once an optimizer step, however many processes there are."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        step_rules=args.lr_step_rules,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-
-
 # =================================================== 7. Validation ====================================================
 
 
 def validate(run: Run) -> None:
     """What `--validation_loss` and `--validation_prompt` ask for, from the live model or the average of its weights."""
+    state = run.state
     with run.trained.averaged():
         if run.args.validation_loss:
-            log_validation_loss(run)
-        if run.args.validation_prompt and (run.state.step > 0 or run.args.validation_steps):
+            loss = validation_loss(run)
+            values, text = {"validation_loss": loss}, f"Validation loss at step {state.step}: {loss:.5f}"
+            if state.step == 0:
+                state.untrained_loss = loss
+            if state.untrained_loss is not None:
+                values["validation_loss_relative"] = loss / state.untrained_loss
+                text += f", {values['validation_loss_relative']:.4f} of the untrained model's"
+            logger.info(text)
+            run.accelerator.log(values, step=state.step)
+        if run.args.validation_prompt and (state.step > 0 or run.args.validation_steps):
             draw_validation_pictures(run)
 
 
@@ -839,19 +838,6 @@ def validation_loss(run: Run) -> float:
             total += training_loss(transformer, inputs)
     transformer.train()
     return accelerator.reduce(total, reduction="sum").item() / (count * VALIDATION_SIGMAS)
-
-
-def log_validation_loss(run: Run) -> None:
-    """Compute and log the validation loss, also relative to that of the untrained model where that was computed."""
-    loss, state = validation_loss(run), run.state
-    values, text = {"validation_loss": loss}, f"Validation loss at step {state.step}: {loss:.5f}"
-    if state.step == 0:
-        state.untrained_loss = loss
-    if state.untrained_loss is not None:
-        values["validation_loss_relative"] = loss / state.untrained_loss
-        text += f", {values['validation_loss_relative']:.4f} of the untrained model's"
-    logger.info(text)
-    run.accelerator.log(values, step=state.step)
 
 
 def draw_validation_pictures(run: Run) -> None:
@@ -1258,12 +1244,6 @@ def own_contradictions(args: Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def validate_args(args: Namespace) -> None:
-    """Check what can be checked from the flags alone; a UsageError has every problem found, a line each."""
-    if found := list(problems(args)):
-        raise UsageError("\n  ".join(found) if len(found) == 1 else "\n  " + "\n  ".join(found))
-
-
 def notes_on_args(args: Namespace) -> list[str]:
     """What works, but perhaps not as the user thinks."""
     prodigy, unused = args.optimizer.lower() == "prodigy", unused_captions(args)
@@ -1289,14 +1269,12 @@ def notes_on_args(args: Namespace) -> list[str]:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The command line as a namespace; exits with code 2 and one message if it cannot work."""
+    """The command line as a namespace; exits with code 2 and every problem found, a line each, if it cannot work."""
     parser = make_parser()
     args = parser.parse_args(argv)
     args.validation_prompt = [prompt for prompt in args.validation_prompt or [] if prompt] or None
-    try:
-        validate_args(args)
-    except UsageError as error:
-        parser.error(str(error))
+    if found := list(problems(args)):
+        parser.error("\n  ".join(found if len(found) == 1 else ["", *found]))
     if args.trigger_word:
         for name in ("instance_prompt", "class_prompt"):
             setattr(args, name, (getattr(args, name) or "").replace("{trigger}", args.trigger_word) or None)
@@ -2253,13 +2231,11 @@ def encode_validation_pictures(
     """Prompt, latents (1, C, H, W) and weights of the tokens: centre crop, mean of the posterior, nothing random."""
     encoded, sizes = {}, training_sizes(args)
     for number in range(accelerator.process_index, len(pictures), accelerator.num_processes):
-        image = pictures[number].read()
-        crop = draw_crop(image.size, nearest_size(image.size, sizes), args, None)
-        pixels = to_pixels(crop_picture(image, crop, args.image_interpolation_mode))
-        mean = encode_pixels(vae, pixels[None]).mean.cpu()
-        latents, mask = (mean - vae.config.shift_factor) * vae.config.scaling_factor, pictures[number].mask
-        weights = mask_tokens(mask(), crop, args) if mask else None
-        encoded[number] = (pictures[number].prompt, latents, weights)
+        picture = pictures[number]
+        loaded = load_picture(picture, nearest_size(picture.size, sizes), args)
+        mean = encode_pixels(vae, loaded["pixels"][None]).mean.cpu()
+        latents = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        encoded[number] = (picture.prompt, latents, loaded.get("token_weights"))
     return [encoded for _, encoded in sorted(gather_dicts(encoded).items())]
 
 
@@ -2411,7 +2387,8 @@ def prepare_training(
         transformer.forward = torch.autocast(accelerator.device.type, weight_dtype(accelerator))(transformer.forward)
     compile_blocks(accelerator, transformer)
     optimizer = make_optimizer(args, parameter_groups(args, transformer, text_encoder))
-    lr_scheduler = make_lr_scheduler(args, optimizer)
+    shape = (args.lr_step_rules, args.lr_warmup_steps, args.max_train_steps, args.lr_num_cycles, args.lr_power)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, *shape)
     transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     text_encoder = None if text_encoder is None else accelerator.prepare(text_encoder)
     if accelerator.distributed_type == DistributedType.FSDP:

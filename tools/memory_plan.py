@@ -336,9 +336,7 @@ def find_remedy(plan: Plan, card: float, known: dict[tuple, tuple[float, float]]
         if "resolution" in changed and best.args.resolution < remedy["resolution"]:
             continue
         candidate = Plan(plan.script, Namespace(**vars(best.args) | changed), plan.models)
-        try:
-            plan.script.validate_args(candidate.args)
-        except ValueError:  # does not go together with another flag
+        if any(plan.script.problems(candidate.args)):  # does not go together with another flag
             continue
         stages = plan_stages(candidate, known)
         if changed and peak_bytes(stages) < best_peak:
