@@ -1217,7 +1217,8 @@ def notes_on_args(args: Namespace) -> list[str]:
     prodigy, unused = args.optimizer.lower() == "prodigy", unused_captions(args)
     notes = {
         "--class_data_dir and --class_prompt have no effect without --with_prior_preservation":
-            not args.with_prior_preservation and (args.class_data_dir or args.class_prompt),
+            not args.with_prior_preservation and (args.class_data_dir or args.class_prompt)
+            and not getattr(args, "prior_from_base_model", False),
         f"--use_8bit_adam has no effect with --optimizer={args.optimizer}":
             args.use_8bit_adam and not args.optimizer.lower().startswith("adamw"),
         f"--learning_rate={args.learning_rate} is low for prodigy, which finds the step size itself: use 1":
@@ -2091,7 +2092,7 @@ def prepare_data(
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = [*dataset.prompts, *(picture.prompt for picture in held_out), *(args.validation_prompt or [])]
-    prompts = list(dict.fromkeys(prompts))
+    prompts = list(dict.fromkeys(prompts + ([args.class_prompt] if args.class_prompt else [])))
     with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
     with stage(args, accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):

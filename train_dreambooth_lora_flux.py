@@ -269,7 +269,8 @@ def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) ->
 class StepInputs:
     """All that the loss of a micro-batch may depend on, on the device.
 
-    B is the number of pictures. With prior preservation the instance pictures come first, then as many class pictures.
+    B is the number of pictures. With prior preservation the instance pictures come first, then as many class pictures;
+    with `--prior_from_base_model` the same pictures and noise again, with the class prompt.
     """
 
     latents: Tensor  # (B, C, H, W), scaled
@@ -281,6 +282,7 @@ class StepInputs:
     loss_weights: Tensor  # of the instance pictures; over all micro-batches and processes of a step they sum to 1
     options: Namespace  # every flag by its name
     token_weights: Tensor | None = None  # (B, L), of masks, if there are any
+    base_pooled: Tensor | None = None  # (B, P), of the class prompt, from CLIP as it was; with --prior_from_base_model
 
 
 def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> StepInputs:
@@ -297,11 +299,18 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
         distribution = LatentDistribution(*map(move, batch["latents"]))
     else:
         distribution = encode_pixels(data.vae, move(batch["pixels"]))
+    prompts, token_weights = batch["prompts"], move(batch["token_weights"]) if "token_weights" in batch else None
+    if args.prior_from_base_model:  # the same draws once more, with the class prompt; a mask does not count there
+        prompts, draws = prompts + [args.class_prompt] * len(keys), draws * 2
+        distribution = LatentDistribution(*(torch.cat([part, part]) for part in distribution))
+        if token_weights is not None:
+            token_weights = torch.cat([token_weights, torch.ones_like(token_weights)])
     shape = distribution.mean.shape[1:]
     posterior = move(draw_normal(shape, seed, "posterior", draws))
     shift = flow_shift(args.flow_shift, shape[-2] // 2 * (shape[-1] // 2), data.scheduler_config)
     sigmas = sample_sigmas([generator_for(seed, "sigma", *draw) for draw in draws], sigma_table, args, shift)
-    embeds = [data.prompts[prompt] for prompt in batch["prompts"]]
+    embeds = [data.prompts[prompt] for prompt in prompts]
+    base_pooled = [move(embed.pooled_prompt_embeds) for embed in embeds[len(keys) :] if args.prior_from_base_model]
     pooled = "pooled_prompt_embeds" if run.trained.text_encoder is None else "clip_ids"
     transformer = unwrap(run.trained.transformer)
     return StepInputs(
@@ -313,7 +322,8 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
         guidance=make_guidance(transformer, args.guidance_scale, len(embeds), device),
         loss_weights=move(batch["loss_weights"]),
         options=args,
-        token_weights=move(batch["token_weights"]) if "token_weights" in batch else None,
+        token_weights=token_weights,
+        base_pooled=torch.stack(base_pooled) if base_pooled else None,
     )
 
 
@@ -328,12 +338,15 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
 def training_loss(transformer: nn.Module, inputs: StepInputs) -> Tensor:
     """From latents, noise and sigmas to the loss of a micro-batch, a scalar; in training and validation alike.
 
-    With prior preservation the second half of each tensor is of class pictures.
+    With prior preservation the second half of each tensor is of class pictures; with `--prior_from_base_model` its
+    target is what the model predicts without its adapters.
     """
     noisy_latents = add_noise(inputs.latents, inputs.noise, inputs.sigmas)
     text = (inputs.prompt_embeds, inputs.pooled_prompt_embeds)
     velocity = predict_velocity(transformer, noisy_latents, inputs.sigmas, *text, inputs.guidance)
     target = pack_latents(inputs.noise - inputs.latents)
+    if inputs.base_pooled is not None:
+        target = torch.cat([target.chunk(2)[0], predict_base_velocity(transformer, noisy_latents, inputs)])
     losses = flow_matching_loss(velocity, target, inputs.sigmas, inputs.options, inputs.token_weights)
     return weigh_losses(losses, inputs.loss_weights, inputs.options.prior_loss_weight)
 
@@ -387,6 +400,22 @@ def predict_velocity(
         img_ids=make_image_ids(noisy_latents.shape[-2], noisy_latents.shape[-1], noisy_latents.device),
         return_dict=False,
     )[0]
+
+
+@torch.no_grad()
+def predict_base_velocity(transformer: nn.Module, noisy_latents: Tensor, inputs: StepInputs) -> Tensor:
+    """What the model predicts for the second half of the inputs, (B, L, 4C), with neither its adapters nor CLIP's."""
+    parts = (noisy_latents, inputs.sigmas, inputs.prompt_embeds)
+    noisy_latents, sigmas, prompt_embeds = (part.chunk(2)[1] for part in parts)
+    guidance = None if inputs.guidance is None else inputs.guidance.chunk(2)[1]
+    layers: list[Any] = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True  # peft's own switch also stops their gradients, which DDP does not expect
+    base_pooled: Any = inputs.base_pooled
+    velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, base_pooled, guidance)
+    for layer in layers:
+        layer._disable_adapters = False
+    return velocity
 
 
 def sample_sigmas(
@@ -1127,6 +1156,10 @@ FLAGS = {
     ],
 }  # fmt: skip
 OWN_FLAGS = {  # of this script
+    "prior preservation": [
+        Flag("--prior_from_base_model", bool, help="no class pictures: with --class_prompt predict what the base does",
+             needs=("--class_prompt",)),
+    ],
     "adapters": [
         Flag("--rank", int, 4, "rank of the adapters", ge=1, resume="refuse"),
         Flag("--lora_alpha", int, 4, "adapters are scaled by lora_alpha / rank", ge=1),
@@ -1237,6 +1270,8 @@ def name_problems(args: Namespace) -> Iterator[str]:
 def own_contradictions(args: Namespace) -> dict[str, Any]:
     """What cannot work together of this script's flags: a message, and whether it is so."""
     return {
+        "--prior_from_base_model is instead of --with_prior_preservation; give one of them":
+            args.prior_from_base_model and args.with_prior_preservation,
         "--use_dora with --train_text_encoder: diffusers loads no magnitudes into CLIP; leave one of them out":
             args.use_dora and args.train_text_encoder,
         "--use_dora needs the norms of the base's weights; leave --base_quantization and --blocks_to_swap out":
@@ -1249,7 +1284,8 @@ def notes_on_args(args: Namespace) -> list[str]:
     prodigy, unused = args.optimizer.lower() == "prodigy", unused_captions(args)
     notes = {
         "--class_data_dir and --class_prompt have no effect without --with_prior_preservation":
-            not args.with_prior_preservation and (args.class_data_dir or args.class_prompt),
+            not args.with_prior_preservation and (args.class_data_dir or args.class_prompt)
+            and not getattr(args, "prior_from_base_model", False),
         f"--use_8bit_adam has no effect with --optimizer={args.optimizer}":
             args.use_8bit_adam and not args.optimizer.lower().startswith("adamw"),
         f"--learning_rate={args.learning_rate} is low for prodigy, which finds the step size itself: use 1":
@@ -2192,7 +2228,7 @@ def prepare_data(
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = [*dataset.prompts, *(picture.prompt for picture in held_out), *(args.validation_prompt or [])]
-    prompts = list(dict.fromkeys(prompts))
+    prompts = list(dict.fromkeys(prompts + ([args.class_prompt] if args.class_prompt else [])))
     with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
     with stage(args, accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):

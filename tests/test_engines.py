@@ -26,10 +26,10 @@ from tests.record_run import record_run
 pytestmark = one_script
 
 # Engine, script, and how each is run: all four steps with validation; the last two of them from the checkpoint; these
-# from the checkpoint of one process, whose optimizer state does not fit.
+# from the checkpoint of one process, whose optimizer state does not fit; "asked": with what is off by default.
 RUNS = {
-    ("fsdp2", "full"): ["whole", "resumed"],
-    ("fsdp2", "lora"): ["whole", "resumed"],
+    ("fsdp2", "full"): ["whole", "resumed", "asked"],
+    ("fsdp2", "lora"): ["whole", "resumed", "asked"],
     ("deepspeed_zero2", "full"): ["whole", "resumed", "from one"],
     ("deepspeed_zero3", "full"): ["whole"],
     ("deepspeed_zero3", "lora"): ["whole", "resumed"],
@@ -45,6 +45,13 @@ VALIDATION = [
     "--validation_prompt=a dog", "--num_validation_images=3", "--validation_num_inference_steps=3",
     "--validation_epochs=1", "--validation_loss",
 ]  # fmt: skip
+
+
+ASKED = ["--cache_latents", "--cached_views=2", "--random_flip", "--trigger_word=ohwx", "--validation_resolution=48"]
+OWN_ASKED = {
+    "full": [],
+    "lora": ["--prior_from_base_model", "--class_prompt=a photo of a dog", "--max_train_steps=2"],
+}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -74,18 +81,29 @@ def base(tiny_flux: Path, pictures: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def one(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What one process makes of steps of two examples, by script."""
-    folders = {name: tmp_path_factory.mktemp(f"one-{name}") for name in SCRIPTS}
-    for name, folder in folders.items():
-        record = record_run(SCRIPTS[name], [*base, *VALIDATION, "--train_batch_size=2", f"--output_dir={folder}"])
-        (folder / "0.json").write_text(json.dumps(record))
+def asked(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Flags of what is off by default, by script; the masks are the pictures in grey, and one picture has none."""
+    masks = tmp_path_factory.mktemp("masks")
+    for path in sorted(pictures.iterdir())[1:]:
+        Image.open(path).convert("L").save(masks / f"{path.stem}.png")
+    return {name: [*ASKED, *own, f"--mask_data_dir={masks}"] for name, own in OWN_ASKED.items()}
+
+
+@pytest.fixture(scope="module")
+def one(base: list[str], asked: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What one process makes of steps of two examples, by script, and with what is off by default."""
+    runs = {name: (name, []) for name in SCRIPTS} | {f"{name} asked": (name, flags) for name, flags in asked.items()}
+    folders = {run: tmp_path_factory.mktemp(f"one-{run.replace(' ', '-')}") for run in runs}
+    for run, (name, flags) in runs.items():
+        own = ["--train_batch_size=2", f"--output_dir={folders[run]}", *flags]
+        record = record_run(SCRIPTS[name], [*base, *VALIDATION, *own])
+        (folders[run] / "0.json").write_text(json.dumps(record))
     return folders
 
 
 @pytest.fixture(scope="module")
 def many(
-    base: list[str], one: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    base: list[str], asked: dict[str, list[str]], one: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str, str], Path]:
     """What two processes make of them, by engine, script and run, in one launch."""
     home, jobs = tmp_path_factory.mktemp("engines"), dict[Path, dict[str, Any]]()
@@ -93,6 +111,7 @@ def many(
     for (engine, script, run), folder in folders.items():
         before = {"resumed": folders[engine, script, "whole"], "from one": one[script]}.get(run)
         extra = [f"--resume_from_checkpoint={before / 'checkpoint-2'}"] if before else VALIDATION
+        extra = [*extra, *asked[script]] if run == "asked" else extra
         flags = [*base, "--train_batch_size=1", f"--output_dir={folder}", *extra]
         job = {"script": SCRIPTS[script].__name__, "flags": flags, "config": config_of(engine, home)}
         jobs[folder] = job | {"environment": {"SHARD_ON_CPU": "1"}}
@@ -130,6 +149,16 @@ def test_two_processes_validate_as_one_does(engine: str, script: str, one: Any, 
     for name in [f"validation/step_000003_{number}.png" for number in range(3)] + [f"image_{n}.png" for n in range(3)]:
         got, expected = (np.asarray(Image.open(path / name), dtype=int) for path in (folder, one[script]))
         assert abs(got - expected).max() <= 1, name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_do_what_is_off_by_default_as_one_does(script: str, one: Any, many: Any) -> None:
+    folder, alone = many["fsdp2", script, "asked"], one[f"{script} asked"]
+    assert logged(folder, "loss") == pytest.approx(logged(alone, "loss"), rel=1e-5)
+    assert logged(folder, "loss")[0] != pytest.approx(logged(one[script], "loss")[0], rel=1e-3)
+    assert logged(folder, "validation_loss") == pytest.approx(logged(alone, "validation_loss"), rel=1e-5)
+    assert distance(folder, alone) < 1e-5
+    assert Image.open(folder / "image_2.png").size == (48, 48)
 
 
 @pytest.mark.parametrize(("engine", "script"), RESUMED)
@@ -197,7 +226,7 @@ def test_every_process_runs_as_many_forwards_and_each_picture_is_drawn_once(scri
         assert sorted(number for share in shares for number in share if number < count) == list(range(count))
 
 
-ASKED = {
+REFUSED = {
     "full": ["--train_text_encoder", "--optimizer=adafactor", "--full_bf16", "--fused_backward_pass", "--use_ema"],
     "lora": ["--train_text_encoder", "--optimizer=prodigy", "--base_quantization=int8", "--blocks_to_swap=1"],
 }
@@ -205,7 +234,7 @@ ASKED = {
 
 @pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_what_shards_cannot_do_is_refused_by_name(engine: str) -> None:
-    for kind, flag in ((kind, flag) for kind, flags in ASKED.items() for flag in flags):
+    for kind, flag in ((kind, flag) for kind, flags in REFUSED.items() for flag in flags):
         name, _, value = flag.removeprefix("--").partition("=")
         args = argparse.Namespace(train_text_encoder=False, optimizer="AdamW", use_8bit_adam=False)
         setattr(args, name, int(value) if value.isdigit() else value or True)

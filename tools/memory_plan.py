@@ -183,6 +183,12 @@ def make_trained(plan: Plan, double: int, single: int) -> FluxTransformer2DModel
     return transformer.train()
 
 
+def rows_of_a_micro_batch(args: Namespace) -> int:
+    """Pictures that go through the transformer at a time: with either kind of prior twice `--train_batch_size`."""
+    prior = args.with_prior_preservation or getattr(args, "prior_from_base_model", False)
+    return args.train_batch_size * (2 if prior else 1)
+
+
 def drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
@@ -193,14 +199,15 @@ def run_step(plan: Plan, transformer: Any) -> None:
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(drop_gradient)
-    batch = args.train_batch_size * (2 if args.with_prior_preservation else 1)
-    side = args.resolution // 8
+    batch, side = rows_of_a_micro_batch(args), args.resolution // 8
     latents, noise = (torch.randn(batch, config.in_channels // 4, side, side) for _ in range(2))
     embeds = torch.randn(batch, args.max_sequence_length, config.joint_attention_dim, dtype=plan.dtype)
     pooled = torch.randn(batch, config.pooled_projection_dim, dtype=plan.dtype)
     guidance = torch.ones(batch) if config.guidance_embeds else None
     loss_weights, sigmas = torch.ones(args.train_batch_size), torch.rand(batch)
     inputs = plan.script.StepInputs(latents, noise, sigmas, embeds, pooled, guidance, loss_weights, args)
+    if getattr(args, "prior_from_base_model", False):
+        inputs.base_pooled = pooled[args.train_batch_size :]
     with torch.autocast("cpu", dtype=plan.dtype, enabled=plan.dtype != torch.float32):
         loss = plan.script.training_loss(transformer, inputs)
     loss.backward()
@@ -210,11 +217,11 @@ def activations(plan: Plan, known: dict[tuple, tuple[float, float]]) -> tuple[fl
     """Bytes of a step at its peak, beside weights and their gradients: in all, and without what is kept for later."""
     args, config = plan.args, plan.models["transformer"].config
     names = ["mixed_precision", "train_batch_size", "resolution", "gradient_checkpointing", "max_sequence_length"]
-    names += ["with_prior_preservation", "base_quantization", "full_bf16", "rank"]
+    names += ["with_prior_preservation", "prior_from_base_model", "base_quantization", "full_bf16", "rank"]
     key = tuple(getattr(args, name, None) for name in names)
     if key not in known:
         # With few single blocks the peak is not where the backward pass begins, and does not grow with their number.
-        batch = args.train_batch_size * (2 if args.with_prior_preservation else 1)
+        batch = rows_of_a_micro_batch(args)
         tokens = (args.resolution // 16) ** 2 + args.max_sequence_length
         hidden = batch * tokens * config.num_attention_heads * config.attention_head_dim * plan.dtype.itemsize
         for singles in (6, 12, 24, config.num_single_layers):
