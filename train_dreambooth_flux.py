@@ -761,9 +761,12 @@ def make_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer
 
 def validate(run: Run) -> None:
     """What `--validation_loss` and `--validation_prompt` ask for, from the live model or the average of its weights."""
-    state = run.state
+    args, state = run.args, run.state
+    draws = bool(args.validation_prompt) and (state.step > 0 or args.validation_steps)
+    if not (args.validation_loss or draws):
+        return
     with run.trained.averaged():
-        if run.args.validation_loss:
+        if args.validation_loss:
             loss = validation_loss(run)
             values, text = {"validation_loss": loss}, f"Validation loss at step {state.step}: {loss:.5f}"
             if state.step == 0:
@@ -773,7 +776,7 @@ def validate(run: Run) -> None:
                 text += f", {values['validation_loss_relative']:.4f} of the untrained model's"
             logger.info(text)
             run.accelerator.log(values, step=state.step)
-        if run.args.validation_prompt and (state.step > 0 or run.args.validation_steps):
+        if draws:
             draw_validation_pictures(run)
 
 

@@ -16,7 +16,7 @@ their ratios count, and copies of another stream (swapped blocks) are not in the
 import argparse
 import contextlib
 import ctypes
-import functools
+import gc
 import importlib
 import json
 import logging
@@ -35,10 +35,11 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "false", "TOKENIZERS_PARALLELISM": "false"}
 
-import bitsandbytes.nn  # noqa: F401, before there is a device to find
+import bitsandbytes.nn  # before there is a device to find
 import bitsandbytes.optim.optimizer
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -48,6 +49,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import CLIPTextModel, T5EncoderModel
 
 import random_flux
+from tools.memory_plan import rms_norm
 
 GIB = 1024**3
 PAGE = 2 * 2**20  # by which a segment of the allocator grows
@@ -90,7 +92,9 @@ struct OneDevice final : at::CUDAHooksInterface {
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
   at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
+    return at::detail::getDefaultCPUGenerator();
+  }
 };
 struct OneGuard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   c10::Device getDevice() const override { return device; }
@@ -179,8 +183,26 @@ class Counts:
 
 
 READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")  # of which the host waits for the result
-NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "resize_", "set_", "device", "_unsafe_view", "lift_fresh"}
-LIBRARIES = ("train_dreambooth", "diffusers/", "peft/", "transformers/models", "bitsandbytes/", "accelerate/", "prodigy")
+NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "resize_",
+    "set_",
+    "device",
+    "_unsafe_view",
+    "lift_fresh",
+}
+LIBRARIES = (
+    "train_dreambooth",
+    "diffusers/",
+    "peft/",
+    "transformers/models",
+    "bitsandbytes/",
+    "accelerate/",
+    "prodigy",
+)
 
 
 def where() -> str:
@@ -374,32 +396,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, dropout:
     return efficient(*parts, mask, keep, dropout, causal, scale=scale)[0]
 
 
-@torch.library.custom_op("flux_simulated::rms_norm", mutates_args=())
-def rms_norm_kernel(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError("only its shapes are known")
-
-
-@torch.library.custom_op("flux_simulated::rms_norm_backward", mutates_args=())
-def rms_norm_backward_kernel(gradient: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError("only its shapes are known")
-
-
-rms_norm_kernel.register_fake(lambda x, _: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)))
-rms_norm_backward_kernel.register_fake(lambda _, x, weight, __: (torch.empty_like(x), torch.empty_like(weight)))
-rms_norm_kernel.register_autograd(
-    lambda ctx, gradient, _: rms_norm_backward_kernel(gradient, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]),
-)
-
-
-def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """One kernel, as CUDA has it; a CPU build of torch has the formula only."""
-    if x.device.type != "cuda" or weight is None or x.dtype != weight.dtype:
-        return RMS_NORM(x, shape, weight, eps)
-    return rms_norm_kernel(x, weight)[0]
-
-
-SDPA, RMS_NORM = nn.functional.scaled_dot_product_attention, nn.functional.rms_norm
+SDPA = nn.functional.scaled_dot_product_attention
 
 
 def apply_to_module(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -535,7 +532,8 @@ def simulate(script: ModuleType, flags: list[str], size: str = "dev", steps: int
     """Run a script's `main` on the simulated device, which `pretend` has set up.
 
     Returns:
-        "stages": a Stage by name; "step": the Counts of the last step; "pinned": GiB of page-locked host memory.
+        "stages": a Stage by name; "left": GiB of the device at the end; "step": the Counts of the last step; "pinned":
+        GiB of page-locked host memory.
     """
     stages, taken = dict[str, Stage](), list[Counts]()
     DEVICE.pinned_bytes = 0
@@ -585,14 +583,19 @@ def simulate(script: ModuleType, flags: list[str], size: str = "dev", steps: int
         script.MicroBatches.cut_epoch = lambda self, epoch: outside(cut_epoch, self, epoch)
         stack.callback(vars(script).update, before)
         stack.callback(setattr, script.MicroBatches, "cut_epoch", cut_epoch)
+        AcceleratorState._reset_state(reset_partial_state=True)
         with FakeTensorMode(allow_non_fake_inputs=True), DEVICE:
             script.main(args)
-    return {"stages": stages, "step": taken[-1], "pinned": DEVICE.pinned_bytes / GIB}
+    gc.collect()
+    DEVICE.pass_by(DEVICE.operations)
+    return {"stages": stages, "left": DEVICE.now / GIB, "step": taken[-1], "pinned": DEVICE.pinned_bytes / GIB}
 
 
 def report(found: dict[str, Any]) -> str:
     """The result of `simulate` as a text."""
-    lines = ["Simulated: no kernel ran. GiB of the device: at the most, reserved by the allocator, left after the stage"]
+    lines = [
+        "Simulated: no kernel ran. GiB of the device: at the most, reserved by the allocator, left after the stage"
+    ]
     for name, stage in found["stages"].items():
         lines.append(f"  {name:32s} {stage.peak:8.2f} {stage.reserved:8.2f} {stage.left:8.2f}  {stage.waits} waits")
     step: Counts = found["step"]
@@ -624,7 +627,7 @@ def main() -> None:
     found = simulate(script, args.flags, args.model, args.steps)
     if args.json:
         stages = {name: asdict(stage) for name, stage in found["stages"].items()}
-        print(json.dumps(found | {"stages": stages, "step": asdict(found["step"])}))
+        print(json.dumps(found | {"stages": stages, "step": vars(found["step"])}))
     else:
         print(report(found))
 

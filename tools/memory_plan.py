@@ -5,8 +5,8 @@
 The flags are read by the script's own parser. Shapes come from the checkpoint's configs if it is a local folder, else
 they are FLUX.1 [dev]'s. Weights, gradients and optimizer states are counted; activations are those of the script's own
 `training_loss`, run on tensors without memory. They are affine in the numbers of blocks of both kinds, so three small
-models tell those of the whole. The CPU's autocast is used, which keeps layer norms in bf16 where CUDA's makes them
-float32: by hand 0.2 to 0.5 GiB a picture of 1024 px more, within CONTEXT.
+models tell those of the whole. benchmarks/simulate.py runs the whole command on a
+simulated GPU, which agrees.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -88,6 +89,34 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
+@torch.library.custom_op("flux_planned::rms_norm", mutates_args=())
+def rms_norm_kernel(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("only its shapes are known")
+
+
+@torch.library.custom_op("flux_planned::rms_norm_backward", mutates_args=())
+def rms_norm_backward_kernel(gradient: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("only its shapes are known")
+
+
+rms_norm_kernel.register_fake(lambda x, _: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)))
+rms_norm_backward_kernel.register_fake(lambda _, x, weight, __: (torch.empty_like(x), torch.empty_like(weight)))
+rms_norm_kernel.register_autograd(
+    lambda ctx, gradient, _: rms_norm_backward_kernel(gradient, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]),
+)
+
+
+def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """One kernel that keeps its input and a number a row, as CUDA has it; in bf16 the CPU keeps float32 copies."""
+    if weight is None or x.dtype != weight.dtype:
+        return RMS_NORM(x, shape, weight, eps)
+    return rms_norm_kernel(x, weight)[0]
+
+
+RMS_NORM = nn.functional.rms_norm
+
+
 def peak_of(models: list[nn.Module], run: Callable[[], Any]) -> int:
     """Bytes at the most that `run` needs beside the weights of `models`, which come on the meta device."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -102,7 +131,7 @@ def peak_of(models: list[nn.Module], run: Callable[[], Any]) -> int:
                 if value is not None:
                     module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
                     memory.add(module._buffers[name], counted=False)
-        with memory:
+        with memory, mock.patch.object(nn.functional, "rms_norm", rms_norm):
             run()
     return memory.peak
 
@@ -178,8 +207,7 @@ def make_trained(plan: Plan, double: int, single: int) -> FluxTransformer2DModel
     elif args.full_bf16:
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    plan.script.set_up_blocks(args, transformer)
     return transformer.train()
 
 
@@ -258,7 +286,7 @@ def frozen_bytes(plan: Plan, transformer: nn.Module) -> float:
 
 
 def state_bytes(plan: Plan, parameters: list[nn.Parameter]) -> float:
-    """Bytes of the optimizer's state, and of what the update of one weight takes beside it."""
+    """Bytes of the optimizer's state."""
     args, count = plan.args, sum(parameter.numel() for parameter in parameters)
     if args.optimizer.lower() == "prodigy":
         total = 16.0 * count
@@ -268,9 +296,14 @@ def state_bytes(plan: Plan, parameters: list[nn.Parameter]) -> float:
         total = sum(p.numel() * (2 + 8 / 256) if p.numel() >= 4096 else 8.0 * p.numel() for p in parameters)
     else:
         total = 8.0 * count
+    return total
+
+
+def update_bytes(plan: Plan, parameters: list[nn.Parameter]) -> float:
+    """Bytes that the update of the largest weight takes by itself: float32 copies of it, its gradient, random bits."""
     largest = max(parameter.numel() for parameter in parameters)
-    alone = getattr(args, "full_bf16", False) or args.optimizer.lower() == "adafactor"
-    return total + (16.0 * largest if alone else 0.0)
+    adafactor = plan.args.optimizer.lower() == "adafactor"  # which makes its step from the gradient
+    return (12.0 if getattr(plan.args, "full_bf16", False) or adafactor else 0.0) * largest
 
 
 @torch.no_grad()
@@ -305,15 +338,17 @@ def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Sta
     stages.append(Stage("text encoders", encoders, activations=0.02 * encoders))
     stages.append(Stage("pictures", vae, activations=float(vae_bytes(plan, decodes=False))))
     whole, internal = activations(plan, known)
+    update, fused = update_bytes(plan, parameters), getattr(args, "fused_backward_pass", False)
     gradients = float(sum(parameter.numel() * parameter.itemsize for parameter in parameters))
     states = state_bytes(plan, parameters)
     if args.use_ema:
         states += 4.0 * sum(parameter.numel() for parameter in parameters)  # a float32 copy, whatever is trained
-    if getattr(args, "fused_backward_pass", False):
+    if fused:
         gradients = float(max(parameter.numel() * parameter.itemsize for parameter in parameters))
     # Kept activations go while gradients come, so the peak is at one end of the backward pass; only a second
     # micro-batch finds gradients already there.
     peak = gradients + whole if args.gradient_accumulation_steps > 1 else max(whole, gradients + internal)
+    peak = peak + update if fused else max(peak, gradients + update)
     resident = 0.0 if args.cache_latents else vae
     if args.train_text_encoder:
         resident += clip + (0.0 if plan.lora else 3.0 * clip)
