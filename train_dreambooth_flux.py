@@ -109,6 +109,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -1029,6 +1030,8 @@ FLAGS = {
     ],
     "memory and speed": [
         Flag("--gradient_checkpointing", bool, help="recompute activations to save memory", resume="free"),
+        Flag("--gradient_checkpointing_blocks", int, help="recompute those of so many blocks only (default: all)", ge=0,
+             needs=("--gradient_checkpointing",), resume="free"),
         Flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"),
         Flag("--allow_tf32", bool, help="float32 products in TF32 on Ampere and newer"),
         Flag("--attention_backend", choices=ATTENTION_BACKENDS, help="as diffusers names it (default: native)"),
@@ -1853,6 +1856,19 @@ def list_blocks(transformer: nn.Module) -> list[nn.Module]:
     return [*model.transformer_blocks, *model.single_transformer_blocks]
 
 
+def choose_blocks(transformer: nn.Module, flag: str, count: int) -> list[nn.Module]:
+    """So many blocks, evenly spread; a UsageError if there are fewer than `count`, the value of `flag`."""
+    blocks = list_blocks(transformer)
+    if count > len(blocks):
+        raise UsageError(f"{flag} is {count}; this transformer has {len(blocks)} blocks")
+    return [blocks[number * len(blocks) // count] for number in range(count)]
+
+
+def run_block(recomputed: list[nn.Module], block: nn.Module, *inputs: Any) -> Any:
+    """What diffusers calls for each block under gradient checkpointing: those that are not `recomputed` keep it all."""
+    return checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs)
+
+
 def normalize(module: Any, x: Tensor) -> Tensor:
     """A LayerNorm or RMSNorm in the precision of its input: CUDA's autocast would write float32, and read it again.
 
@@ -1874,7 +1890,9 @@ NORMS = {  # as classes: a forward of its own in each module would be compiled f
 def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     """Switch on what is asked for of how the blocks compute."""
     if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        count = args.gradient_checkpointing_blocks
+        chosen = [] if count is None else choose_blocks(transformer, "--gradient_checkpointing_blocks", count)
+        transformer.enable_gradient_checkpointing(None if count is None else functools.partial(run_block, chosen))
     backend = "_native_npu" if args.enable_npu_flash_attention else args.attention_backend
     if backend:
         transformer.set_attention_backend(backend)

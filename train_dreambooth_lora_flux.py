@@ -110,6 +110,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -1091,6 +1092,8 @@ FLAGS = {
     ],
     "memory and speed": [
         Flag("--gradient_checkpointing", bool, help="recompute activations to save memory", resume="free"),
+        Flag("--gradient_checkpointing_blocks", int, help="recompute those of so many blocks only (default: all)", ge=0,
+             needs=("--gradient_checkpointing",), resume="free"),
         Flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"),
         Flag("--allow_tf32", bool, help="float32 products in TF32 on Ampere and newer"),
         Flag("--attention_backend", choices=ATTENTION_BACKENDS, help="as diffusers names it (default: native)"),
@@ -1275,6 +1278,8 @@ def own_contradictions(args: Namespace) -> dict[str, Any]:
     return {
         "--prior_from_base_model is instead of --with_prior_preservation; give one of them":
             args.prior_from_base_model and args.with_prior_preservation,
+        "--blocks_to_swap needs all blocks recomputed; leave --gradient_checkpointing_blocks out":
+            args.blocks_to_swap and args.gradient_checkpointing_blocks is not None,
         "--use_dora with --train_text_encoder: diffusers loads no magnitudes into CLIP; leave one of them out":
             args.use_dora and args.train_text_encoder,
         "--use_dora needs the norms of the base's weights; leave --base_quantization and --blocks_to_swap out":
@@ -1900,14 +1905,15 @@ def load_base(args: Namespace, dtype: torch.dtype, device: torch.device, swap: b
         FluxTransformer2DModel, args, subfolder="transformer", dtype=dtype, device_map=place
     ).requires_grad_(False)
     if quantized:
-        quantize_base(transformer, args.base_quantization, device, blocks_to_swap(args, transformer))
+        swapped = choose_blocks(transformer, "--blocks_to_swap", args.blocks_to_swap)
+        quantize_base(transformer, args.base_quantization, device, swapped)
     return swap_blocks(args, transformer, device) if swap else transformer
 
 
 def swap_blocks(args: Namespace, transformer: FluxTransformer2DModel, device: torch.device) -> FluxTransformer2DModel:
     """The transformer on `device`, its blocks swapped as `--blocks_to_swap` says."""
     if args.blocks_to_swap:
-        BlockSwap(blocks_to_swap(args, transformer), device)
+        BlockSwap(choose_blocks(transformer, "--blocks_to_swap", args.blocks_to_swap), device)
     return transformer.to(device)
 
 
@@ -1936,6 +1942,19 @@ def list_blocks(transformer: nn.Module) -> list[nn.Module]:
     return [*model.transformer_blocks, *model.single_transformer_blocks]
 
 
+def choose_blocks(transformer: nn.Module, flag: str, count: int) -> list[nn.Module]:
+    """So many blocks, evenly spread; a UsageError if there are fewer than `count`, the value of `flag`."""
+    blocks = list_blocks(transformer)
+    if count > len(blocks):
+        raise UsageError(f"{flag} is {count}; this transformer has {len(blocks)} blocks")
+    return [blocks[number * len(blocks) // count] for number in range(count)]
+
+
+def run_block(recomputed: list[nn.Module], block: nn.Module, *inputs: Any) -> Any:
+    """What diffusers calls for each block under gradient checkpointing: those that are not `recomputed` keep it all."""
+    return checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs)
+
+
 def normalize(module: Any, x: Tensor) -> Tensor:
     """A LayerNorm or RMSNorm in the precision of its input: CUDA's autocast would write float32, and read it again.
 
@@ -1957,7 +1976,9 @@ NORMS = {  # as classes: a forward of its own in each module would be compiled f
 def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     """Switch on what is asked for of how the blocks compute."""
     if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        count = args.gradient_checkpointing_blocks
+        chosen = [] if count is None else choose_blocks(transformer, "--gradient_checkpointing_blocks", count)
+        transformer.enable_gradient_checkpointing(None if count is None else functools.partial(run_block, chosen))
     backend = "_native_npu" if args.enable_npu_flash_attention else args.attention_backend
     if backend:
         transformer.set_attention_backend(backend)
@@ -2065,14 +2086,6 @@ def quantize_base(transformer: nn.Module, kind: str, device: torch.device, swapp
                 layer = QuantizedLinear(linear, "int8" if name.startswith("norm") else kind, device)
                 layer.weight.data = layer.weight.data.to("cpu") if block in swapped else layer.weight.data
                 block.set_submodule(name, layer)
-
-
-def blocks_to_swap(args: Namespace, transformer: nn.Module) -> list[nn.Module]:
-    """The blocks of `--blocks_to_swap`, evenly spread, so that each copy has the time of the blocks between."""
-    blocks, count = list_blocks(transformer), args.blocks_to_swap
-    if count > len(blocks):
-        raise UsageError(f"--blocks_to_swap is {count}; this transformer has {len(blocks)} blocks")
-    return [blocks[number * len(blocks) // count] for number in range(count)]
 
 
 class BlockSwap:

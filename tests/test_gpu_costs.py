@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import train_dreambooth_flux as full
 import train_dreambooth_lora_flux as lora
-from conftest import Run, one_script
+from conftest import Run, both_scripts, one_script
 from tools.memory_plan import PeakMemory
 
 pytestmark = one_script
@@ -201,3 +201,39 @@ def test_adapters_get_the_same_gradients_without_casting_their_inputs(
         gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@both_scripts
+@pytest.mark.parametrize("count", [None, 0, 1, 3])
+def test_blocks_that_are_not_recomputed_run_once_and_train_the_same(
+    script: ModuleType, tiny_flux: Path, count: int | None
+) -> None:
+    """Of the tiny model's blocks: their forwards in a step, and gradients, against those without checkpointing."""
+    gradients, forwards = [], []
+    for chosen in (
+        [],
+        ["--gradient_checkpointing"] + ([] if count is None else [f"--gradient_checkpointing_blocks={count}"]),
+    ):
+        flags = ["--pretrained_model_name_or_path=x", "--instance_data_dir=y", "--instance_prompt=z", *chosen]
+        args, calls = script.parse_args(flags), list[nn.Module]()
+        transformer = FluxTransformer2DModel.from_pretrained(tiny_flux, subfolder="transformer").train()
+        script.set_up_blocks(args, transformer)
+        blocks = script.list_blocks(transformer)
+        for block in blocks:
+            block.register_forward_pre_hook(lambda block, _, calls=calls: calls.append(block))
+        generator, config = torch.Generator().manual_seed(0), transformer.config
+        latents, noise = (torch.randn(1, 16, 4, 4, generator=generator) for _ in range(2))
+        text = torch.randn(1, 6, config.joint_attention_dim, generator=generator)
+        pooled = torch.randn(1, config.pooled_projection_dim, generator=generator)
+        one = torch.ones(1)
+        inputs = script.StepInputs(latents, noise, one * 0.5, text, pooled, one, one, args)
+        script.training_loss(transformer, inputs).backward()
+        gradients.append([parameter.grad for parameter in transformer.parameters() if parameter.grad is not None])
+        forwards.append(len(calls))
+    assert forwards == [len(blocks), len(blocks) + (len(blocks) if count is None else count)]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True)) and len(gradients[0]) > 50
+
+
+def test_more_blocks_than_there_are_cannot_be_recomputed(script: ModuleType, run: Run) -> None:
+    with pytest.raises(script.UsageError, match="--gradient_checkpointing_blocks is 99; this transformer has"):
+        run(script, "--gradient_checkpointing", "--gradient_checkpointing_blocks=99")

@@ -153,7 +153,7 @@ def test_swapped_blocks_train_the_same_weights_and_nothing_reads_them_when_they_
 def test_swapped_blocks_are_spread_evenly(tiny_flux: Path, base_flags: list[str]) -> None:
     transformer = FluxTransformer2DModel.from_pretrained(tiny_flux, subfolder="transformer")
     args = lora.parse_args([*base_flags, "--blocks_to_swap=2", "--gradient_checkpointing"])
-    chosen = lora.blocks_to_swap(args, transformer)
+    chosen = lora.choose_blocks(transformer, "--blocks_to_swap", args.blocks_to_swap)
     assert chosen == [transformer.transformer_blocks[0], transformer.single_transformer_blocks[0]]
 
 

@@ -40,7 +40,6 @@ ONLY_IN_ONE = {
     "add_adapter",
     "predict_base_velocity",
     "swap_blocks",
-    "blocks_to_swap",
     "quantize_base",
     "QuantizedLinear",
     "QuantizedProduct",

@@ -23,6 +23,7 @@ FULL = [*LEAN, "--use_8bit_adam", "--full_bf16"]
 TABLES = 1e-5  # GiB that bitsandbytes keeps for good: its levels of 4 and 8 bits
 CASES = {
     "lora": ("lora", [*LEAN, "--rank=16"]),
+    "lora, some blocks recomputed": ("lora", [*LEAN, "--gradient_checkpointing_blocks=3"]),
     "lora, nothing saved": ("lora", [*COMMON, "--rank=64", "--use_ema", "--train_batch_size=2"]),
     "lora, int8": ("lora", [*LEAN, "--base_quantization=int8", "--resolution=512"]),
     "lora, nf4, base as the prior": (

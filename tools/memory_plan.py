@@ -244,6 +244,17 @@ def run_step(plan: Plan, transformer: Any) -> None:
 def activations(plan: Plan, known: dict[tuple, tuple[float, float]]) -> tuple[float, float]:
     """Bytes of a step at its peak, beside weights and their gradients: in all, and without what is kept for later."""
     args, config = plan.args, plan.models["transformer"].config
+    if args.gradient_checkpointing_blocks is not None:
+        share = args.gradient_checkpointing_blocks / (config.num_layers + config.num_single_layers)
+        changes = {"gradient_checkpointing_blocks": None}
+        every, none = (
+            activations(
+                Plan(plan.script, Namespace(**vars(args) | changes | {"gradient_checkpointing": on}), plan.models),
+                known,
+            )
+            for on in (True, False)
+        )
+        return share * every[0] + (1 - share) * (none[0] - none[1] + every[1]), every[1]
     names = ["mixed_precision", "train_batch_size", "resolution", "gradient_checkpointing", "max_sequence_length"]
     names += ["with_prior_preservation", "prior_from_base_model", "base_quantization", "full_bf16", "rank"]
     key = tuple(getattr(args, name, None) for name in names)
