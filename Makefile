@@ -2,6 +2,7 @@
 # make test    all tests, offline, on the CPU
 # make quick   the tests of numbers, data and flags, within a minute: for who edits a script
 # make faults  the long fault injection: 30 kills of each script, each resumed
+# make gpu     on a machine with a GPU, without a network: what only a GPU shows, then the table of speeds, LoRA's rows first
 # make check   ruff, mypy, and that the two scripts still share their text
 
 PYTHON ?= python3
@@ -14,7 +15,9 @@ LAUNCH := $(BIN)/accelerate launch --num_processes=1 --num_machines=1 --mixed_pr
 PYTEST := $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 QUICK := accumulation arguments buckets captions examples images optimizer pipeline_agreement shared_code step unchanged
 
-.PHONY: demo test quick faults check clean
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: demo test quick faults gpu check clean
 
 demo: $(VENV)/installed
 	@rm -rf demo
@@ -42,6 +45,10 @@ quick: $(VENV)/tools
 
 faults: $(VENV)/tools
 	FLUX_FAULTS=30 $(BIN)/python -m pytest tests/test_faults.py
+
+gpu:
+	$(GPU_PYTHON) -m pytest tests/test_gpu.py
+	$(GPU_PYTHON) -m benchmarks.run --gpu_table --record --work gpu --only=512 --steps=8
 
 check: $(VENV)/tools
 	$(BIN)/ruff check .

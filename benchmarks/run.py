@@ -3,7 +3,7 @@
     python -m benchmarks.run --size tiny                                   # seconds: that everything works
     python -m benchmarks.run --size medium --precision bf16 --record       # a row for each script in results.md
     python -m benchmarks.run --size medium --scripts lora --against other/train_dreambooth_lora_flux.py
-    python -m benchmarks.run --gpu_table --work /scratch --record          # FLUX.1 [dev]'s size on a GPU: 16 rows
+    python -m benchmarks.run --gpu_table --work /scratch --record          # FLUX.1 [dev]'s size on a GPU: 20 rows
 
 Each run is a real `accelerate launch` on a real folder and a checkpoint of random_flux.py (34 GB at FLUX.1 [dev]'s
 size, written to `--work` once). Everything is read from the run's own log and event files, so that another script of
@@ -36,6 +36,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.flop_counter import FlopCounterMode
 
 import random_flux
+from tools import memory_plan
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_name("results.md")
@@ -44,23 +45,33 @@ RESOLUTIONS = {"tiny": 32, "medium": 512, "dev": 512}  # pixels
 TEXT_LENGTHS = {"tiny": 16, "medium": 77, "dev": 512}  # tokens
 GIB = 1024**3
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "4090": 165}  # dense bf16 TFLOP/s, by the maker
-GPU_TABLE = {  # what differs between the rows: script, dynamo backend, flags
-    f"{name}{', compiled' if dynamo != 'no' else ''}": (script, dynamo, flags)
-    for name, script, dynamos, flags in [
-        ("LoRA, bf16 base", "lora", ("no", "inductor"), ["--base_quantization=none"]),
-        ("LoRA, int8 base", "lora", ("no", "inductor"), ["--base_quantization=int8"]),
-        ("LoRA, nf4 base", "lora", ("no", "inductor"), ["--base_quantization=nf4"]),
-        ("full, bf16 fused 8-bit AdamW", "full", ("no",), ["--use_8bit_adam"]),
-        ("full, bf16 fused Adafactor", "full", ("no",), ["--optimizer=adafactor"]),
+GPU_TABLE = {  # the rows, smallest first: pixels, script, dynamo backend, flags
+    f"{name}{', compiled' if dynamo != 'no' else ''}, {side} px": (side, script, dynamo, flags)
+    for script, dynamo, side, kinds in [
+        ("lora", "no", 512, "quantized"), ("lora", "inductor", 512, "quantized"), ("lora", "no", 1024, "quantized"),
+        ("lora", "inductor", 1024, "quantized"), ("full", "no", 512, "optimizers"), ("full", "no", 1024, "optimizers"),
     ]
-    for dynamo in dynamos
-}
+    for name, flags in {
+        "quantized": {
+            "LoRA, nf4 base": ["--base_quantization=nf4"],
+            "LoRA, int8 base": ["--base_quantization=int8"],
+            "LoRA, bf16 base": ["--base_quantization=none"],
+            "LoRA, bf16 base, nothing recomputed": ["--gradient_checkpointing_blocks=0"],
+        },
+        "optimizers": {
+            "full, bf16 fused Adafactor": ["--optimizer=adafactor"],
+            "full, bf16 fused 8-bit AdamW": ["--use_8bit_adam"],
+        },
+    }[kinds].items()
+}  # fmt: skip
+RESULT_GB = {"lora": 1, "full": 34}  # what a run leaves at FLUX.1 [dev]'s size, until it was read
 GPU_FLAGS = {  # of all rows of a script
     "lora": ["--gradient_checkpointing", "--cache_latents", "--rank=16", "--lora_alpha=16"],
     "full": ["--gradient_checkpointing", "--cache_latents", "--full_bf16", "--fused_backward_pass"],
 }
 COLUMNS = (
-    "| run | px | precision | s a step | start-up, s | device, GiB | of all stages | host, GiB | TFLOP a step | MFU |"
+    "| run | px | precision | s a step | start-up, s | device, GiB | of all stages | host, GiB | TFLOP a step | MFU "
+    "| planned, GiB |"
 )
 
 
@@ -212,10 +223,9 @@ def make_plans(args: Namespace) -> Iterator[Plan]:
         for script in args.scripts:
             yield Plan(script, script, args.resolution, args.precision, args.dynamo, ("--cache_latents",))
         return
-    for resolution in (512, 1024):
-        for name, (script, dynamo, flags) in GPU_TABLE.items():
-            if args.only in name:
-                yield Plan(name, script, resolution, "bf16", dynamo, (*GPU_FLAGS[script], *flags))
+    for name, (resolution, script, dynamo, flags) in GPU_TABLE.items():
+        if args.only in name:
+            yield Plan(name, script, resolution, "bf16", dynamo, (*GPU_FLAGS[script], *flags))
 
 
 def lora_targets(plan: Plan) -> list[str] | None:
@@ -233,7 +243,20 @@ def table_row(args: Namespace, plan: Plan, measured: Measured) -> str:
     usage = f"{flops / measured.step / args.peak_tflops / 1e12:.1%}" if args.peak_tflops else "-"
     numbers = [measured.step, measured.start_up, measured.device, measured.whole_run, measured.host, flops / 1e12]
     cells = ["-" if number is None else f"{number:.3g}" for number in numbers]
-    return " | ".join(["|", plan.name, str(plan.resolution), plan.precision, *cells, usage, "|"]).replace("| |", "|")
+    planned = f"{planned_memory(args, plan):.3g}"
+    cells = ["|", plan.name, str(plan.resolution), plan.precision, *cells, usage, planned, "|"]
+    return " | ".join(cells).replace("| |", "|")
+
+
+def planned_memory(args: Namespace, plan: Plan) -> float:
+    """GiB on the device in training, by the memory plan."""
+    script = memory_plan.load_script(str(SCRIPTS[plan.script]))
+    inputs = (args.work / f"{args.size}-flux", args.work / "pictures", args.output)
+    flags = run_flags(*inputs, args.size, args.steps, plan.resolution)
+    given = script.parse_args([*flags, f"--mixed_precision={plan.precision}", *plan.flags, *args.extra])
+    models = random_flux.make_meta_models(args.size)
+    stages = memory_plan.plan_stages(memory_plan.Plan(script, given, models), {})
+    return next(stage.total for stage in stages if stage.name == "training") / GIB
 
 
 def describe_machine() -> str:
@@ -273,6 +296,10 @@ def run_all(args: Namespace, checkpoint: Path, pictures: Path) -> int:
     print(head, flush=True)
     failed = 0
     for plan in make_plans(args):
+        free = shutil.disk_usage(args.output.parent).free // 10**9
+        if args.size == "dev" and free < RESULT_GB[plan.script]:
+            print(f"{plan.name}: left out, its result needs {RESULT_GB[plan.script]} GB and the disk has {free}")
+            continue
         try:
             command = plan.command(args, checkpoint, pictures)
             row = table_row(args, plan, run_once(command, args.output, args.warm_up))

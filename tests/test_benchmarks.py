@@ -69,9 +69,9 @@ def test_the_flops_of_lora_leave_out_the_gradients_of_frozen_weights() -> None:
     assert counted == pytest.approx(2 * linear + modulation + 3 * attention, rel=1e-2)
 
 
-def test_the_gpu_table_has_sixteen_rows_whose_flags_the_scripts_take() -> None:
+def test_the_gpu_table_has_twenty_rows_whose_flags_the_scripts_take() -> None:
     plans = list(run.make_plans(SimpleNamespace(gpu_table=True, only="")))
-    assert len({(plan.name, plan.resolution) for plan in plans}) == 16
+    assert len({(plan.name, plan.resolution) for plan in plans}) == 20
     required = ["--pretrained_model_name_or_path=x", "--instance_prompt=x", "--instance_data_dir=x"]
     for plan in plans:
         script = import_module(run.SCRIPTS[plan.script].stem)
