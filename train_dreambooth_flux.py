@@ -655,27 +655,6 @@ def sample_latents(
     return (sample - shift_factor) * scaling_factor
 
 
-def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset) -> None:
-    """Encode every picture of the dataset once, the processes sharing the work.
-
-    What is kept is the posterior, so that each step still draws a sample of its own. Repeats of a picture get crops
-    and flips of their own; where they come out the same, they are encoded once.
-    """
-    views = range(dataset.args.cached_views)
-    needed = [(source, index % len(part), size, view) for source, part in dataset.sources.items()
-              for index, size in enumerate(dataset.buckets) for view in views]  # fmt: skip
-    mine = list(dict.fromkeys(needed))[accelerator.process_index :: accelerator.num_processes]
-    cached, encoded = dict[tuple[str, int, Size, int], dict[str, Any]](), dict[Any, LatentDistribution]()
-    bar = tqdm(mine, desc="Encoding pictures", leave=False, delay=2, disable=not accelerator.is_main_process or None)
-    for source, index, size, view in bar:
-        loaded = dataset.load(source, index, size, 0, index, *([view] if view else []))
-        pixels, picture = loaded.pop("pixels"), (source, dataset.sources[source][index].name, loaded["crop"])
-        if picture not in encoded:
-            encoded[picture] = LatentDistribution(*(part[0].cpu() for part in encode_pixels(vae, pixels[None])))
-        cached[source, index, size, view] = loaded | {"latents": encoded[picture]}
-    dataset.cached = gather_dicts(cached)
-
-
 # ===================================== 5. What is trained, and in which precision =====================================
 
 
@@ -832,12 +811,6 @@ def draw_validation_pictures(run: Run) -> None:
             save_picture(draw_contact_sheet(args, state.step), Path(args.output_dir) / SHEET_FILE)
         log_pictures(accelerator, "validation", pictures, state.step)
     accelerator.wait_for_everyone()
-
-
-def validation_size(args: Namespace) -> Size:
-    """What `--validation_resolution` says, or the first of `--resolution`."""
-    sides = [int(side) for side in (args.validation_resolution or str(resolutions(args)[0])).split("x")]
-    return sides[0], sides[-1]
 
 
 def sample_pictures(
@@ -1484,6 +1457,12 @@ def training_sizes(args: Namespace, resolution: int | None = None) -> list[Size]
         return list(dict.fromkeys([*wide, *((width, height) for height, width in wide)]))
     pairs = (pair.split(",") for pair in args.aspect_ratio_buckets.split(";"))
     return [(int(width), int(height)) for height, width in pairs]
+
+
+def validation_size(args: Namespace) -> Size:
+    """What `--validation_resolution` says, or the first of `--resolution`."""
+    sides = [int(side) for side in (args.validation_resolution or str(resolutions(args)[0])).split("x")]
+    return sides[0], sides[-1]
 
 
 def whole_tokens(pixels: float) -> int:
@@ -2143,6 +2122,27 @@ def embed_prompt(accelerator: Accelerator, text_encoder: nn.Module | None, embed
     pooled = pool_with_clip(text_encoder.eval(), embeds.clip_ids[None].to(accelerator.device))
     text_encoder.train(was_training)
     return embeds._replace(pooled_prompt_embeds=pooled[0].cpu())
+
+
+def cache_latents(accelerator: Accelerator, vae: AutoencoderKL, dataset: DreamBoothDataset) -> None:
+    """Encode every picture of the dataset once, the processes sharing the work.
+
+    What is kept is the posterior, so that each step still draws a sample of its own. Repeats of a picture get crops
+    and flips of their own; where they come out the same, they are encoded once.
+    """
+    views = range(dataset.args.cached_views)
+    needed = [(source, index % len(part), size, view) for source, part in dataset.sources.items()
+              for index, size in enumerate(dataset.buckets) for view in views]  # fmt: skip
+    mine = list(dict.fromkeys(needed))[accelerator.process_index :: accelerator.num_processes]
+    cached, encoded = dict[tuple[str, int, Size, int], dict[str, Any]](), dict[Any, LatentDistribution]()
+    bar = tqdm(mine, desc="Encoding pictures", leave=False, delay=2, disable=not accelerator.is_main_process or None)
+    for source, index, size, view in bar:
+        loaded = dataset.load(source, index, size, 0, index, *([view] if view else []))
+        pixels, picture = loaded.pop("pixels"), (source, dataset.sources[source][index].name, loaded["crop"])
+        if picture not in encoded:
+            encoded[picture] = LatentDistribution(*(part[0].cpu() for part in encode_pixels(vae, pixels[None])))
+        cached[source, index, size, view] = loaded | {"latents": encoded[picture]}
+    dataset.cached = gather_dicts(cached)
 
 
 @torch.no_grad()
