@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 HOME = tempfile.mkdtemp(prefix="flux-tests-")  # before anything of Hugging Face is imported: no user's cache is touched
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")  # as the user chose, for the tests that use a GPU
 os.environ.update(
     HF_HOME=HOME,
     HF_HUB_OFFLINE="1",

@@ -986,7 +986,7 @@ FLAGS = {
         Flag("--class_data_dir", help="folder of class pictures; missing ones are generated", resume="result"),
         Flag("--class_prompt", help="prompt of the class, for example 'a photo of a dog'"),
         Flag("--num_class_images", int, 100, "class pictures that there should be", ge=1),
-        Flag("--prior_loss_weight", float, 1.0, "weight of the class pictures' loss", ge=0),
+        Flag("--prior_loss_weight", float, 1.0, "weight of the prior's loss", ge=0),
         Flag("--sample_batch_size", int, 4, "class pictures generated at a time", ge=1, resume="free"),
         Flag("--prior_generation_precision", choices=list(PRECISIONS), help="(default: bf16 on a GPU, else fp32)"),
     ],
@@ -1194,10 +1194,11 @@ def own_contradictions(args: Namespace) -> dict[str, Any]:
 def notes_on_args(args: Namespace) -> list[str]:
     """What works, but perhaps not as the user thinks."""
     prodigy, unused = args.optimizer.lower() == "prodigy", unused_captions(args)
+    from_base = getattr(args, "prior_from_base_model", False)
     notes = {
         "--class_data_dir and --class_prompt have no effect without --with_prior_preservation":
-            not args.with_prior_preservation and (args.class_data_dir or args.class_prompt)
-            and not getattr(args, "prior_from_base_model", False),
+            not args.with_prior_preservation and (args.class_data_dir or args.class_prompt) and not from_base,
+        "--class_data_dir has no effect with --prior_from_base_model": args.class_data_dir and from_base,
         f"--use_8bit_adam has no effect with --optimizer={args.optimizer}":
             args.use_8bit_adam and not args.optimizer.lower().startswith("adamw"),
         f"--learning_rate={args.learning_rate} is low for prodigy, which finds the step size itself: use 1":
@@ -1844,7 +1845,7 @@ def choose_blocks(transformer: nn.Module, flag: str, count: int) -> list[nn.Modu
 
 
 def run_block(recomputed: list[nn.Module], block: nn.Module, *inputs: Any) -> Any:
-    """What diffusers calls for each block under gradient checkpointing: those that are not `recomputed` keep it all."""
+    """What diffusers calls for each block under gradient checkpointing; those not `recomputed` keep what they made."""
     return checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs)
 
 
@@ -1869,9 +1870,9 @@ NORMS = {  # as classes: a forward of its own in each module would be compiled f
 def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     """Switch on what is asked for of how the blocks compute."""
     if args.gradient_checkpointing:
-        count = args.gradient_checkpointing_blocks
-        chosen = [] if count is None else choose_blocks(transformer, "--gradient_checkpointing_blocks", count)
-        transformer.enable_gradient_checkpointing(None if count is None else functools.partial(run_block, chosen))
+        count, flag = args.gradient_checkpointing_blocks, "--gradient_checkpointing_blocks"
+        recomputed = list_blocks(transformer) if count is None else choose_blocks(transformer, flag, count)
+        transformer.enable_gradient_checkpointing(functools.partial(run_block, recomputed))
     backend = "_native_npu" if args.enable_npu_flash_attention else args.attention_backend
     if backend:
         transformer.set_attention_backend(backend)
@@ -1890,6 +1891,7 @@ def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
     if plugin.backend == DynamoBackend.NO or plugin.disable:
         return
     logger.info(f"Compiling the blocks with {plugin.backend.value.lower()}: the first steps take longer")
+    torch._dynamo.config.recompile_limit = 64  # a graph for each shape, for training, sampling and the base as prior
     torch._functorch.config.force_non_lazy_backward_lowering = True  # where the backward fails, the forward says so
 
     def run_compiled(block: nn.Module, compiled: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -2092,7 +2094,8 @@ def prepare_data(
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = [*dataset.prompts, *(picture.prompt for picture in held_out), *(args.validation_prompt or [])]
-    prompts = list(dict.fromkeys(prompts + ([args.class_prompt] if args.class_prompt else [])))
+    prompts += [args.class_prompt] if getattr(args, "prior_from_base_model", False) else []
+    prompts = list(dict.fromkeys(prompts))
     with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
     with stage(args, accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):
@@ -3195,7 +3198,8 @@ def stage(args: Namespace, accelerator: Accelerator, name: str) -> Iterator[None
         used = ", ".join(f"{key} {value:.2f} GiB" for key, value in peak_memory(accelerator.device).items())
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise RunError(
-            f"out of memory while: {name} ({used}; {reason}). To use less: --gradient_checkpointing, --cache_latents, "
+            f"out of memory while: {name} ({used}; {reason}). To use less: --gradient_checkpointing of all blocks, "
+            "--cache_latents, "
             f"--mixed_precision=bf16, {LESS_MEMORY}, smaller --train_batch_size, --sample_batch_size or --resolution; "
             "`python tools/memory_plan.py` with this command says which of them fit"
         ) from error

@@ -283,7 +283,7 @@ class StepInputs:
     loss_weights: Tensor  # of the instance pictures; over all micro-batches and processes of a step they sum to 1
     options: Namespace  # every flag by its name
     token_weights: Tensor | None = None  # (B, L), of masks, if there are any
-    base_pooled: Tensor | None = None  # (B, P), of the class prompt, from CLIP as it was; with --prior_from_base_model
+    base_pooled: Tensor | None = None  # of the class prompt, from an untrained CLIP; with --prior_from_base_model
 
 
 def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> StepInputs:
@@ -301,8 +301,10 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
     else:
         distribution = encode_pixels(data.vae, move(batch["pixels"]))
     prompts, token_weights = batch["prompts"], move(batch["token_weights"]) if "token_weights" in batch else None
+    base_pooled: Tensor | None = None
     if args.prior_from_base_model:  # the same draws once more, with the class prompt; a mask does not count there
         prompts, draws = prompts + [args.class_prompt] * len(keys), draws * 2
+        base_pooled = move(data.prompts[args.class_prompt].pooled_prompt_embeds).expand(len(keys), -1)
         distribution = LatentDistribution(*(torch.cat([part, part]) for part in distribution))
         if token_weights is not None:
             token_weights = torch.cat([token_weights, torch.ones_like(token_weights)])
@@ -311,7 +313,6 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
     shift = flow_shift(args.flow_shift, shape[-2] // 2 * (shape[-1] // 2), data.scheduler_config)
     sigmas = sample_sigmas([generator_for(seed, "sigma", *draw) for draw in draws], sigma_table, args, shift)
     embeds = [data.prompts[prompt] for prompt in prompts]
-    base_pooled = [move(embed.pooled_prompt_embeds) for embed in embeds[len(keys) :] if args.prior_from_base_model]
     pooled = "pooled_prompt_embeds" if run.trained.text_encoder is None else "clip_ids"
     transformer = unwrap(run.trained.transformer)
     return StepInputs(
@@ -324,7 +325,7 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
         loss_weights=move(batch["loss_weights"]),
         options=args,
         token_weights=token_weights,
-        base_pooled=torch.stack(base_pooled) if base_pooled else None,
+        base_pooled=base_pooled,
     )
 
 
@@ -344,10 +345,11 @@ def training_loss(transformer: nn.Module, inputs: StepInputs) -> Tensor:
     """
     noisy_latents = add_noise(inputs.latents, inputs.noise, inputs.sigmas)
     text = (inputs.prompt_embeds, inputs.pooled_prompt_embeds)
-    velocity = predict_velocity(transformer, noisy_latents, inputs.sigmas, *text, inputs.guidance)
     target = pack_latents(inputs.noise - inputs.latents)
-    if inputs.base_pooled is not None:
-        target = torch.cat([target.chunk(2)[0], predict_base_velocity(transformer, noisy_latents, inputs)])
+    if inputs.base_pooled is not None:  # before the pass that a backward one follows: swapped blocks are fetched so
+        kept = predict_base_velocity(transformer, noisy_latents, inputs, inputs.base_pooled)
+        target = torch.cat([target.chunk(2)[0], kept])
+    velocity = predict_velocity(transformer, noisy_latents, inputs.sigmas, *text, inputs.guidance)
     losses = flow_matching_loss(velocity, target, inputs.sigmas, inputs.options, inputs.token_weights)
     return weigh_losses(losses, inputs.loss_weights, inputs.options.prior_loss_weight)
 
@@ -404,19 +406,21 @@ def predict_velocity(
 
 
 @torch.no_grad()
-def predict_base_velocity(transformer: nn.Module, noisy_latents: Tensor, inputs: StepInputs) -> Tensor:
-    """What the model predicts for the second half of the inputs, (B, L, 4C), with neither its adapters nor CLIP's."""
+def predict_base_velocity(
+    transformer: nn.Module, noisy_latents: Tensor, inputs: StepInputs, base_pooled: Tensor
+) -> Tensor:
+    """What the model predicts for the second half of the inputs with neither its adapters nor CLIP's."""
     parts = (noisy_latents, inputs.sigmas, inputs.prompt_embeds)
     noisy_latents, sigmas, prompt_embeds = (part.chunk(2)[1] for part in parts)
     guidance = None if inputs.guidance is None else inputs.guidance.chunk(2)[1]
     layers: list[Any] = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer._disable_adapters = True  # peft's own switch also stops their gradients, which DDP does not expect
-    base_pooled: Any = inputs.base_pooled
-    velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, base_pooled, guidance)
-    for layer in layers:
-        layer._disable_adapters = False
-    return velocity
+    try:
+        return predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, base_pooled, guidance)
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def sample_sigmas(
@@ -1048,7 +1052,7 @@ FLAGS = {
         Flag("--class_data_dir", help="folder of class pictures; missing ones are generated", resume="result"),
         Flag("--class_prompt", help="prompt of the class, for example 'a photo of a dog'"),
         Flag("--num_class_images", int, 100, "class pictures that there should be", ge=1),
-        Flag("--prior_loss_weight", float, 1.0, "weight of the class pictures' loss", ge=0),
+        Flag("--prior_loss_weight", float, 1.0, "weight of the prior's loss", ge=0),
         Flag("--sample_batch_size", int, 4, "class pictures generated at a time", ge=1, resume="free"),
         Flag("--prior_generation_precision", choices=list(PRECISIONS), help="(default: bf16 on a GPU, else fp32)"),
     ],
@@ -1263,10 +1267,11 @@ def own_contradictions(args: Namespace) -> dict[str, Any]:
 def notes_on_args(args: Namespace) -> list[str]:
     """What works, but perhaps not as the user thinks."""
     prodigy, unused = args.optimizer.lower() == "prodigy", unused_captions(args)
+    from_base = getattr(args, "prior_from_base_model", False)
     notes = {
         "--class_data_dir and --class_prompt have no effect without --with_prior_preservation":
-            not args.with_prior_preservation and (args.class_data_dir or args.class_prompt)
-            and not getattr(args, "prior_from_base_model", False),
+            not args.with_prior_preservation and (args.class_data_dir or args.class_prompt) and not from_base,
+        "--class_data_dir has no effect with --prior_from_base_model": args.class_data_dir and from_base,
         f"--use_8bit_adam has no effect with --optimizer={args.optimizer}":
             args.use_8bit_adam and not args.optimizer.lower().startswith("adamw"),
         f"--learning_rate={args.learning_rate} is low for prodigy, which finds the step size itself: use 1":
@@ -1930,7 +1935,7 @@ def choose_blocks(transformer: nn.Module, flag: str, count: int) -> list[nn.Modu
 
 
 def run_block(recomputed: list[nn.Module], block: nn.Module, *inputs: Any) -> Any:
-    """What diffusers calls for each block under gradient checkpointing: those that are not `recomputed` keep it all."""
+    """What diffusers calls for each block under gradient checkpointing; those not `recomputed` keep what they made."""
     return checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs)
 
 
@@ -1955,9 +1960,9 @@ NORMS = {  # as classes: a forward of its own in each module would be compiled f
 def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     """Switch on what is asked for of how the blocks compute."""
     if args.gradient_checkpointing:
-        count = args.gradient_checkpointing_blocks
-        chosen = [] if count is None else choose_blocks(transformer, "--gradient_checkpointing_blocks", count)
-        transformer.enable_gradient_checkpointing(None if count is None else functools.partial(run_block, chosen))
+        count, flag = args.gradient_checkpointing_blocks, "--gradient_checkpointing_blocks"
+        recomputed = list_blocks(transformer) if count is None else choose_blocks(transformer, flag, count)
+        transformer.enable_gradient_checkpointing(functools.partial(run_block, recomputed))
     backend = "_native_npu" if args.enable_npu_flash_attention else args.attention_backend
     if backend:
         transformer.set_attention_backend(backend)
@@ -1976,6 +1981,7 @@ def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
     if plugin.backend == DynamoBackend.NO or plugin.disable:
         return
     logger.info(f"Compiling the blocks with {plugin.backend.value.lower()}: the first steps take longer")
+    torch._dynamo.config.recompile_limit = 64  # a graph for each shape, for training, sampling and the base as prior
     torch._functorch.config.force_non_lazy_backward_lowering = True  # where the backward fails, the forward says so
 
     def run_compiled(block: nn.Module, compiled: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -2223,7 +2229,8 @@ def prepare_data(
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = [*dataset.prompts, *(picture.prompt for picture in held_out), *(args.validation_prompt or [])]
-    prompts = list(dict.fromkeys(prompts + ([args.class_prompt] if args.class_prompt else [])))
+    prompts += [args.class_prompt] if getattr(args, "prior_from_base_model", False) else []
+    prompts = list(dict.fromkeys(prompts))
     with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
     with stage(args, accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):
@@ -3340,7 +3347,8 @@ def stage(args: Namespace, accelerator: Accelerator, name: str) -> Iterator[None
         used = ", ".join(f"{key} {value:.2f} GiB" for key, value in peak_memory(accelerator.device).items())
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise RunError(
-            f"out of memory while: {name} ({used}; {reason}). To use less: --gradient_checkpointing, --cache_latents, "
+            f"out of memory while: {name} ({used}; {reason}). To use less: --gradient_checkpointing of all blocks, "
+            "--cache_latents, "
             f"--mixed_precision=bf16, {LESS_MEMORY}, smaller --train_batch_size, --sample_batch_size or --resolution; "
             "`python tools/memory_plan.py` with this command says which of them fit"
         ) from error

@@ -118,7 +118,9 @@ extern "C" bool install() {
 
 def install_library() -> None:
     """Compile the library, once for each build of torch, and load it."""
-    library = Path(tempfile.gettempdir()) / f"flux-simulated-device-{torch.__version__}-{os.getuid()}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    library = cache / f"flux-simulated-device-{torch.__version__}.so"
+    cache.mkdir(exist_ok=True)
     if not library.exists():
         root = Path(torch.__file__).parent
         with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +128,9 @@ def install_library() -> None:
             source.write_text(LIBRARY)
             options = ["-std=c++20", "-fPIC", "-shared", f"-I{root}/include", f"-L{root}/lib", "-lc10", "-ltorch_cpu"]
             subprocess.run(["g++", str(source), "-o", str(made), *options], check=True)
-            library.write_bytes(made.read_bytes())
+            partial = library.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(made.read_bytes())
+            partial.replace(library)
     install = ctypes.CDLL(str(library)).install
     install.restype = ctypes.c_bool
     if not install():
@@ -542,7 +546,6 @@ def simulate(script: ModuleType, flags: list[str], size: str = "dev", steps: int
     @contextlib.contextmanager
     def stage(args: Namespace, accelerator: Any, name: str) -> Iterator[None]:
         DEVICE.counts = Counts()
-        most = 0
         with whole_stage(args, accelerator, name):
             yield
             most = DEVICE.reserved

@@ -17,7 +17,6 @@ import train_dreambooth_lora_flux as script
 from conftest import Run
 
 PRIOR = ("--prior_from_base_model", "--class_prompt=a photo of a dog")
-CALLS = list[tuple[Tensor, Tensor, script.StepInputs]]
 
 
 @pytest.fixture
@@ -44,6 +43,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, script.StepInp
 @pytest.mark.parametrize(
     "more",
     [[], ["--train_text_encoder"], ["--base_quantization=nf4"], ["--blocks_to_swap=2", "--gradient_checkpointing"]],
+    ids=["plain", "CLIP", "nf4", "swapped"],
 )
 def test_with_fresh_adapters_the_prior_is_zero_and_then_it_is_not(
     run: Run, losses: list[tuple[Tensor, script.StepInputs]], more: list[str]
@@ -115,7 +115,7 @@ def test_the_prior_is_of_clip_as_it_was(run: Run, losses: list[tuple[Tensor, scr
     assert (trained[3] - kept[0]).abs().max() > 1e-3
 
 
-def test_a_mask_weighs_the_subject_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_weighs_the_subject_alone() -> None:
     batch = {"keys": [SimpleNamespace(epoch=0, position=0)], "prompts": ["a"], "loss_weights": torch.ones(1)}
     batch |= {"latents": [torch.zeros(1, 16, 4, 4)] * 2, "token_weights": torch.tensor([[0.1, 1.0, 0.1, 1.0]])}
     args = Namespace(
@@ -147,7 +147,12 @@ def test_what_the_class_prompt_draws_stays_nearer_to_the_base(run: Run, tmp_path
                 noisy = script.add_noise(inputs.latents, inputs.noise, inputs.sigmas)
                 text = (inputs.prompt_embeds, inputs.pooled_prompt_embeds)
                 own = script.predict_velocity(transformer, noisy, inputs.sigmas, *text, inputs.guidance).chunk(2)[1]
-                found.append((own - script.predict_base_velocity(transformer, noisy, inputs)).square().mean().item())
+                found.append(
+                    (own - script.predict_base_velocity(transformer, noisy, inputs, inputs.base_pooled))
+                    .square()
+                    .mean()
+                    .item()
+                )
             return seen(transformer, inputs)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -176,3 +181,5 @@ def test_it_is_one_kind_of_prior_or_the_other(capsys: pytest.CaptureFixture[str]
             script.parse_args([*base, *flags])
         assert words in capsys.readouterr().err
     assert script.notes_on_args(script.parse_args([*base, *PRIOR])) == []
+    (note,) = script.notes_on_args(script.parse_args([*base, *PRIOR, "--class_data_dir=c"]))
+    assert "--class_data_dir has no effect with --prior_from_base_model" in note
