@@ -12,7 +12,7 @@ from torch import Tensor
 
 import train_dreambooth_flux as full
 import train_dreambooth_lora_flux as lora
-from conftest import Run, one_script
+from conftest import SCRIPTS, Run, one_script
 from tools import memory_plan
 
 pytestmark = one_script
@@ -131,3 +131,25 @@ def test_it_advises_nothing_that_would_not_be_enough(
     shortened = {kind: remedies[:1] for kind, remedies in memory_plan.REMEDIES.items()}
     monkeypatch.setattr(memory_plan, "REMEDIES", shortened)
     assert memory_plan.find_remedy(plan, 0.1, {}) is None
+
+
+def test_it_says_how_few_blocks_need_to_be_recomputed(
+    base_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = SCRIPTS["lora"]
+    flags = [*base_flags, "--gradient_checkpointing", "--resolution=64", "--train_batch_size=64", "--cache_latents"]
+
+    def needed(count: int) -> float:
+        plan = plan_of(script, *flags, f"--gradient_checkpointing_blocks={count}")
+        stages = memory_plan.plan_stages(plan, {})
+        return next(stage.total for stage in stages if stage.name == "training") / memory_plan.GIB
+
+    config = plan_of(script, *flags).models["transformer"].config
+    blocks = config.num_layers + config.num_single_layers
+    assert needed(0) > needed(1) > needed(blocks)
+    monkeypatch.setattr(memory_plan, "CONTEXT", 0.0)
+    monkeypatch.setattr(memory_plan, "CARDS", {"tight": needed(1) * 1.001, "large": needed(0) * 1.001})
+    memory_plan.main([str(script.__file__), *flags])
+    printed = capsys.readouterr().out
+    assert "tight    fits; faster: --gradient_checkpointing_blocks=1\n" in printed
+    assert "large    fits; faster: --gradient_checkpointing_blocks=0\n" in printed

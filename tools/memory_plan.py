@@ -406,6 +406,10 @@ def find_remedy(plan: Plan, card: float, known: dict[tuple, tuple[float, float]]
     return without + [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
+def training_bytes(stages: list[Stage]) -> float:
+    return next(stage.total for stage in stages if stage.name == "training")
+
+
 def load_script(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
@@ -441,9 +445,19 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Device memory of one process, by {source}; {CONTEXT} GiB more go to the driver and to fragmentation.")
     print_table(stages)
     print(f"\nNeeds {math.ceil(10 * (peak_bytes(stages) / GIB + CONTEXT)) / 10} GiB.")
+    every = none = training_bytes(stages)
+    partial = Namespace(**vars(args) | {"gradient_checkpointing_blocks": 0})
+    if args.gradient_checkpointing_blocks is None and not any(script.problems(partial)):
+        none = training_bytes(plan_stages(Plan(script, partial, models), known))
+    blocks = sum(models["transformer"].config[kind] for kind in ("num_layers", "num_single_layers"))
+    blocks = blocks if none > every else 0
     for name, card in tqdm(CARDS.items(), desc="Cards", leave=False, delay=2, disable=not sys.stderr.isatty()):
         if fits(stages, card):
-            print(f"  {name:8s} fits")
+            share = (none - card * GIB + CONTEXT * GIB) / max(1.0, none - every)  # what is kept grows with the rest
+            count = max(0, math.ceil(share * blocks))
+            print(
+                f"  {name:8s} fits" + (f"; faster: --gradient_checkpointing_blocks={count}" if count < blocks else "")
+            )
             continue
         remedy = find_remedy(plan, card, known)
         print(f"  {name:8s} " + (f"would fit with {' '.join(remedy)}" if remedy else "does not fit on one card"))
