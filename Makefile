@@ -1,4 +1,4 @@
-# make demo    train a LoRA on a tiny random checkpoint, start to end, on the CPU
+# make demo    teach a tiny FLUX.1 that draws toys a dog, from five pictures, start to end, on the CPU
 # make test    all tests, offline, on the CPU
 # make quick   the tests of numbers, data and flags, within a minute: for who edits a script
 # make faults  the long fault injection: 30 kills of each script, each resumed
@@ -15,25 +15,32 @@ LAUNCH := $(BIN)/accelerate launch --num_processes=1 --num_machines=1 --mixed_pr
 PYTEST := $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 QUICK := accumulation arguments buckets captions examples images optimizer pipeline_agreement shared_code step unchanged
 
+LAYERS := attn.to_k,attn.to_q,attn.to_v,attn.to_out.0,attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out,ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2,proj_mlp,proj_out,x_embedder,context_embedder,time_text_embed.text_embedder.linear_1
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .PHONY: demo test quick faults gpu check clean
 
 demo: $(VENV)/installed
 	@rm -rf demo
-	$(BIN)/python random_flux.py demo/tiny-flux --pictures demo/pictures
+	$(BIN)/python -m benchmarks.small_world.draw demo/pictures --subject 0
 	ACCELERATE_USE_CPU=true $(LAUNCH) train_dreambooth_lora_flux.py \
-		--pretrained_model_name_or_path=demo/tiny-flux --instance_data_dir=demo/pictures \
-		--instance_prompt="a photo of sks dog" --output_dir=demo/trained-lora --resolution=64 --train_batch_size=1 \
-		--guidance_scale=1 --max_train_steps=20 --learning_rate=1e-3 --checkpointing_steps=10 \
-		--validation_prompt="A photo of sks dog in a bucket" --validation_epochs=2 --num_validation_images=2 --seed=0
+		--pretrained_model_name_or_path=benchmarks/small_world/checkpoint --instance_data_dir=demo/pictures \
+		--caption_extension=.txt --class_prompt="a photo of a dog" --prior_from_base_model --output_dir=demo/trained-lora \
+		--resolution=64 --center_crop --random_flip --train_batch_size=4 --max_sequence_length=16 --guidance_scale=1 \
+		--rank=16 --lora_alpha=16 --learning_rate=1e-3 --lora_layers=$(LAYERS) --max_train_steps=300 \
+		--checkpointing_steps=150 --validation_steps=60 --validation_epochs=1000 --num_validation_images=1 \
+		--validation_prompt="a photo of sks dog in a room" --validation_prompt="a photo of sks dog at night" \
+		--validation_prompt="a photo of sks dog on a street" --validation_prompt="a photo of sks dog at sea" \
+		--validation_prompt="a photo of a dog" --seed=3
 	@test -s demo/trained-lora/pytorch_lora_weights.safetensors && test -s demo/trained-lora/image_0.png
 	@echo
-	@echo "It works. What a real run leaves behind lies in demo/trained-lora:"
+	@echo "It works: demo/trained-lora/contact_sheet.jpg shows any dog in its first row, and in its last the dog of demo/pictures,"
+	@echo "the first two columns in places where it was never photographed; the last column, \"a photo of a dog\", stays any dog."
+	@echo "What a real run leaves behind lies in demo/trained-lora:"
 	@echo "  LoRA weights         demo/trained-lora/pytorch_lora_weights.safetensors"
-	@echo "  final pictures       demo/trained-lora/image_*.png  (noise: the checkpoint is random)"
+	@echo "  final pictures       demo/trained-lora/image_*.png"
 	@echo "  pictures on the way  demo/trained-lora/validation/"
-	@echo "  checkpoints          demo/trained-lora/checkpoint-10 and -20, for --resume_from_checkpoint=latest"
+	@echo "  checkpoints          demo/trained-lora/checkpoint-150 and -300, for --resume_from_checkpoint=latest"
 	@echo "  curves               $(BIN)/tensorboard --logdir demo/trained-lora/logs"
 	@echo "Next: the same command on FLUX.1 [dev] and your pictures, in README.md under 'The real thing'."
 

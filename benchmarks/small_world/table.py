@@ -1,0 +1,175 @@
+"""How well does it teach? One row a way of training: several subjects and seeds, mean and spread of every score.
+
+    python -m benchmarks.small_world.table teaching                         # all rows: hours on 2 cores
+    python -m benchmarks.small_world.table teaching --rows 'LoRA' 'full'    # only these
+    python -m benchmarks.small_world.table --list                           # the rows and their flags
+
+Every run is appended to teaching/runs.jsonl as it ends, and every row to teaching/table.md once all its runs are
+there: started again, it goes on where it was stopped. All rows train for the same number of steps.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.small_world import draw
+from benchmarks.small_world.measure import CHECKPOINT, RARE_WORD, TEXT_LENGTH, Readings, load, read_model, score
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {"lora": ROOT / "train_dreambooth_lora_flux.py", "full": ROOT / "train_dreambooth_flux.py"}
+TRAINING_STEPS = 400
+PICTURES = 5
+SCORES = ["fidelity", "seen_fidelity", "prompt", "preservation", "diversity", "seconds"]
+COMMON = ["--train_batch_size=4", "--guidance_scale=1", "--center_crop", "--random_flip", "--lr_scheduler=constant"]
+LAYERS = (  # in so small a model the word of the subject has to be learned where words come in
+    "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0,attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out,ff.net.0.proj,ff.net.2,"
+    "ff_context.net.0.proj,ff_context.net.2,proj_mlp,proj_out,x_embedder,context_embedder,time_text_embed.text_embedder.linear_1"
+)
+LORA = [*COMMON, "--rank=16", "--lora_alpha=16", "--learning_rate=1e-3", f"--lora_layers={LAYERS}"]
+FULL = [*COMMON, "--learning_rate=3e-4"]
+PRIOR = ["--with_prior_preservation", "--num_class_images=48", "--sample_batch_size=48"]
+BASE = ["--prior_from_base_model"]
+CAPTIONS = ["--caption_extension=.txt"]  # which say the place
+OWN = ["--skip_final_inference", "--checkpointing_steps=100000"]  # not known to other scripts
+
+ROWS: dict[str, tuple[str, list[str], int]] = {  # name: script, its flags, pictures of the subject; later flags win
+    "LoRA": ("lora", [*LORA, *BASE, *CAPTIONS], PICTURES),
+    "LoRA, no prior": ("lora", [*LORA, *CAPTIONS], PICTURES),
+    "LoRA, class pictures": ("lora", [*LORA, *PRIOR, *CAPTIONS], PICTURES),
+    "LoRA, no captions": ("lora", [*LORA, *BASE], PICTURES),
+    "LoRA, masks": ("lora", [*LORA, *BASE, *CAPTIONS, "--mask_data_dir=MASKS"], PICTURES),
+    "LoRA, 20 pictures": ("lora", [*LORA, *BASE, *CAPTIONS], 20),
+    "LoRA, the default layers": ("lora", [*LORA, *BASE, *CAPTIONS, "--lora_layers="], PICTURES),
+    "LoRA, rank 4": ("lora", [*LORA, *BASE, *CAPTIONS, "--rank=4", "--lora_alpha=4"], PICTURES),
+    "LoRA, Prodigy": ("lora", [*LORA, *BASE, *CAPTIONS, "--optimizer=prodigy", "--learning_rate=1"], PICTURES),
+    "LoRA, logit-normal": ("lora", [*LORA, *BASE, *CAPTIONS, "--weighting_scheme=logit_normal"], PICTURES),
+    "LoRA, shift 2.5": ("lora", [*LORA, *BASE, *CAPTIONS, "--flow_shift=2.5"], PICTURES),
+    "LoRA, average": ("lora", [*LORA, *BASE, *CAPTIONS, "--use_ema", "--ema_decay=0.98"], PICTURES),
+    "LoRA, CLIP too": ("lora", [*LORA, *BASE, *CAPTIONS, "--train_text_encoder", "--text_encoder_lr=1e-3"], PICTURES),
+    "LoRA, bf16": ("lora", [*LORA, *BASE, *CAPTIONS, "--mixed_precision=bf16"], PICTURES),
+    "LoRA, int8 base": ("lora", [*LORA, *BASE, *CAPTIONS, "--base_quantization=int8"], PICTURES),
+    "LoRA, nf4 base": ("lora", [*LORA, *BASE, *CAPTIONS, "--base_quantization=nf4"], PICTURES),
+    "full, class pictures": ("full", [*FULL, *PRIOR, *CAPTIONS], PICTURES),
+    "full, no prior": ("full", [*FULL, *CAPTIONS], PICTURES),
+}
+
+
+def world_flags(folder: Path, number: int, count: int, steps: int, seed: int) -> list[str]:
+    """Flags of a run in this world on `count` pictures of subject `number`, as any script of this family has them."""
+    pictures, kind = folder / f"subject-{number}-{count}", draw.subject_looks(number).kind
+    draw.write_subject(pictures, number, count)
+    return [
+        f"--pretrained_model_name_or_path={CHECKPOINT}", f"--instance_data_dir={pictures}",
+        f"--instance_prompt=a photo of {RARE_WORD} {kind}", f"--class_prompt=a photo of a {kind}",
+        f"--class_data_dir={folder / f'class-{kind}'}", f"--output_dir={folder / 'trained'}",
+        f"--resolution={draw.SIDE}", f"--max_sequence_length={TEXT_LENGTH}", f"--max_train_steps={steps}",
+        f"--seed={seed}", "--report_to=none",
+    ]  # fmt: skip
+
+
+def train(script: Path, flags: list[str], folder: Path) -> float:
+    """Run a script, which writes into `folder`/trained, and return its seconds.
+
+    Raises:
+        RuntimeError: if it fails, with the end of what it said.
+    """
+    shutil.rmtree(folder / "trained", ignore_errors=True)
+    started = time.monotonic()
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, str(script), *flags], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{script.name} {' '.join(flags)}\n{done.stderr[-3000:]}")
+    return time.monotonic() - started
+
+
+@cache
+def read_base(number: int, seed: int) -> Readings:
+    return read_model(load(), number, seed)
+
+
+def measure(trained: Path | None, number: int, seed: int) -> dict[str, float]:
+    """The scores of what was trained on subject `number`, or of the base."""
+    model = read_model(load(trained), number, seed)
+    return score(number, model, read_base(number, 1000), read_base(number, 1001))
+
+
+def run_row(name: str, folder: Path, number: int, seed: int, steps: int) -> dict[str, float]:
+    """Train and measure one row's way on one subject with one seed."""
+    script, flags, count = ROWS[name]
+    flags = [*world_flags(folder, number, count, steps, seed), *OWN, *flags]
+    needless = [] if "--with_prior_preservation" in flags else ["--class_data_dir"]
+    needless += [] if {"--with_prior_preservation", "--prior_from_base_model"} & {*flags} else ["--class_prompt"]
+    flags = [flag.replace("MASKS", str(folder / f"subject-{number}-{count}-masks")) for flag in flags]
+    flags = [flag for flag in flags if flag.split("=")[0] not in needless]
+    seconds = train(SCRIPTS[script], flags, folder)
+    return measure(folder / "trained", number, seed) | {"seconds": round(seconds, 1)}
+
+
+def row_of(name: str, runs: list[dict[str, float]]) -> str:
+    """A line of the table: mean and standard deviation over the runs."""
+    cells = []
+    for column in SCORES:
+        values = [run[column] for run in runs if column in run]
+        digits = 0 if column == "seconds" else 2
+        cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values else "")
+    return f"| {name} | {' | '.join(cells)} |\n"
+
+
+def header(subjects: int, seeds: int, steps: int) -> str:
+    columns = " | ".join(name.replace("_", " ") for name in SCORES)
+    return f"{subjects} subjects x {seeds} seeds, {steps} steps\n\n| | {columns} |\n|---{'|---:' * len(SCORES)}|\n"
+
+
+def make_rows(args: argparse.Namespace, names: list[str], run_one: Callable[..., dict[str, float]] = run_row) -> None:
+    """Do every run that runs.jsonl lacks, and append each row that is whole to table.md."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    log, table = args.folder / "runs.jsonl", args.folder / "table.md"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(line["row"], line["subject"], line["seed"], line["steps"]): line["scores"] for line in lines}
+    if not table.exists():
+        table.write_text(header(args.subjects, args.seeds, args.steps))
+    for name in names:
+        runs = []
+        for number in range(args.subjects):
+            for seed in range(args.seeds):
+                key = (name, number, seed, args.steps)
+                if key not in done:
+                    done[key] = run_one(name, args.folder, number, seed, args.steps)
+                    line = dict(zip(("row", "subject", "seed", "steps", "scores"), (*key, done[key]), strict=True))
+                    with log.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                runs.append(done[key])
+        row = row_of(name, runs)
+        print(row, end="", flush=True)
+        if row not in table.read_text():
+            with table.open("a") as file:
+                file.write(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("teaching"), help="where everything goes")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="names of rows (default: all)")
+    parser.add_argument("--list", action="store_true", help="print the rows and their flags, and stop")
+    parser.add_argument("--subjects", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--seeds", type=int, default=3, help="of each subject (default: 3)")
+    parser.add_argument("--steps", type=int, default=TRAINING_STEPS, help=f"(default: {TRAINING_STEPS})")
+    args = parser.parse_args()
+    if args.list:
+        for name, (script, flags, count) in ROWS.items():
+            print(f"{name}: {SCRIPTS[script].name} {' '.join(flags)}, {count} pictures")
+        return
+    make_rows(args, args.rows or list(ROWS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The small world is read as it was drawn, and in it the LoRA script teaches a subject and keeps the rest."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.small_world import draw, measure, read, table
+
+
+def test_pictures_are_read_as_they_were_drawn() -> None:
+    assert read.accuracy(noise=10, count=60) == (1.0, 1.0)
+
+
+def test_a_picture_is_a_function_of_its_seed() -> None:
+    things = [(draw.subject_looks(number), draw.subject_scenes(number, 3)[2]) for number in range(6)]
+    one, two = ([draw.draw(*thing, np.random.default_rng(7)) for thing in things] for _ in range(2))
+    assert np.array_equal(one, two)
+    assert [looks.kind for looks, _ in things] == draw.CLASSES
+
+
+def test_a_subject_is_never_seen_in_the_places_of_the_measure() -> None:
+    for number in range(10):
+        seen, unseen = draw.subject_places(number)
+        assert {scene.place for scene in draw.subject_scenes(number, 20)} == set(seen)
+        assert len(unseen) == 3 and not {*seen} & {*unseen}
+
+
+def test_the_base_draws_what_captions_ask_for() -> None:
+    figures = measure.base_figures(measure.load(), count=40)
+    assert figures["class, colour and place"] >= 0.85, figures
+
+
+def test_lora_teaches_a_subject_and_keeps_the_rest(tmp_path: Path) -> None:
+    untrained = measure.score(0, *(table.read_base(0, seed) for seed in (0, 1000, 1001)))
+    assert untrained["fidelity"] < 0.15 and untrained["preservation"] > 0.85, untrained
+    trained = table.run_row("LoRA", tmp_path, number=0, seed=0, steps=table.TRAINING_STEPS)
+    assert trained["fidelity"] > 0.6 and trained["preservation"] > 0.75, trained
+
+
+def test_the_table_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    def run_until(most: int) -> list[tuple[int, int]]:
+        calls: list[tuple[int, int]] = []
+
+        def run_one(name: str, folder: Path, number: int, seed: int, steps: int) -> dict[str, float]:
+            if len(calls) == most:
+                raise KeyboardInterrupt
+            calls.append((number, seed))
+            return dict.fromkeys(table.SCORES, 0.5 + seed / 10)
+
+        args = argparse.Namespace(folder=tmp_path, subjects=2, seeds=2, steps=10)
+        if most < 4:
+            with pytest.raises(KeyboardInterrupt):
+                table.make_rows(args, ["LoRA"], run_one)
+        else:
+            table.make_rows(args, ["LoRA"], run_one)
+        return calls
+
+    assert run_until(3) == [(0, 0), (0, 1), (1, 0)]
+    assert run_until(4) == [(1, 1)] and run_until(4) == []
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
+    assert json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[-1])["subject"] == 1
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| LoRA")]
+    assert len(rows) == 1 and "0.55 ± 0.05" in rows[0]
