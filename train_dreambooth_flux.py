@@ -73,6 +73,7 @@ from typing import Any, NamedTuple
 
 for library in ("DIFFUSERS", "TRANSFORMERS"):  # they warn, as they are imported, of packages that are not needed
     os.environ.setdefault(f"{library}_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # else up to 6 GiB are lost to fragments
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
