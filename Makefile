@@ -15,7 +15,6 @@ LAUNCH := $(BIN)/accelerate launch --num_processes=1 --num_machines=1 --mixed_pr
 PYTEST := $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 QUICK := accumulation arguments buckets captions examples images optimizer pipeline_agreement shared_code step unchanged
 
-LAYERS := attn.to_k,attn.to_q,attn.to_v,attn.to_out.0,attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out,ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2,proj_mlp,proj_out,x_embedder,context_embedder,time_text_embed.text_embedder.linear_1
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .PHONY: demo test quick faults gpu check clean
@@ -27,7 +26,7 @@ demo: $(VENV)/installed
 		--pretrained_model_name_or_path=benchmarks/small_world/checkpoint --instance_data_dir=demo/pictures \
 		--caption_extension=.txt --class_prompt="a photo of a dog" --prior_from_base_model --output_dir=demo/trained-lora \
 		--resolution=64 --center_crop --random_flip --train_batch_size=4 --max_sequence_length=16 --guidance_scale=1 \
-		--rank=16 --lora_alpha=16 --learning_rate=1e-3 --lora_layers=$(LAYERS) --max_train_steps=500 \
+		--rank=16 --lora_alpha=16 --learning_rate=1e-3 @benchmarks/small_world/layers.txt --max_train_steps=500 \
 		--checkpointing_steps=250 --validation_steps=100 --validation_epochs=1000 --num_validation_images=1 \
 		--validation_prompt="a photo of sks dog in a room" --validation_prompt="a photo of sks dog at sunset" \
 		--validation_prompt="a photo of sks dog on a street" --validation_prompt="a photo of sks dog at sea" \

@@ -72,7 +72,7 @@ from typing import Any, NamedTuple
 
 for library in ("DIFFUSERS", "TRANSFORMERS"):  # they warn, as they are imported, of packages that are not needed
     os.environ.setdefault(f"{library}_VERBOSITY", "error")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # so does this one
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # else up to 6 GiB are lost to fragments
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -3349,9 +3349,8 @@ def stage(args: Namespace, accelerator: Accelerator, name: str) -> Iterator[None
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise RunError(
             f"out of memory while: {name} ({used}; {reason}). To use less: --gradient_checkpointing of all blocks, "
-            "--cache_latents, "
-            f"--mixed_precision=bf16, {LESS_MEMORY}, smaller --train_batch_size, --sample_batch_size or --resolution; "
-            "`python tools/memory_plan.py` with this command says which of them fit"
+            f"--cache_latents, --mixed_precision=bf16, {LESS_MEMORY}, smaller --train_batch_size, --sample_batch_size "
+            "or --resolution; `python tools/memory_plan.py` with this command says which of them fit"
         ) from error
     clear_device_cache(garbage_collection=True)
     memory = peak_memory(accelerator.device).items()

@@ -157,7 +157,6 @@ def run_once(command: list[str], output: Path, warm_up: int) -> Measured:
         RuntimeError: if it fails, with the end of its log.
     """
     shutil.rmtree(output, ignore_errors=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile("w+") as log:
         started = time.time()
         process = subprocess.Popen(command, cwd=output.parent, env=environment(), stdout=log, stderr=log)
@@ -255,8 +254,7 @@ def planned_memory(args: Namespace, plan: Plan) -> float:
     flags = run_flags(*inputs, args.size, args.steps, plan.resolution)
     given = script.parse_args([*flags, f"--mixed_precision={plan.precision}", *plan.flags, *args.extra])
     models = random_flux.make_meta_models(args.size)
-    stages = memory_plan.plan_stages(memory_plan.Plan(script, given, models), {})
-    return next(stage.total for stage in stages if stage.name == "training") / GIB
+    return memory_plan.training_bytes(memory_plan.plan_stages(memory_plan.Plan(script, given, models), {})) / GIB
 
 
 def describe_machine() -> str:
@@ -358,6 +356,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         args.work = (args.work or Path(temporary)).resolve()
         args.output = (args.output or args.work).resolve() / "output"
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint, pictures = make_inputs(args.work, args.size)
         if args.against is None:
             return min(1, run_all(args, checkpoint, pictures))

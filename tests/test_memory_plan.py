@@ -142,8 +142,7 @@ def test_it_says_how_few_blocks_need_to_be_recomputed(
 
     def needed(count: int) -> float:
         plan = plan_of(script, *flags, f"--gradient_checkpointing_blocks={count}")
-        stages = memory_plan.plan_stages(plan, known)
-        return next(stage.total for stage in stages if stage.name == "training") / memory_plan.GIB
+        return memory_plan.training_bytes(memory_plan.plan_stages(plan, known)) / memory_plan.GIB
 
     config = plan_of(script, *flags).models["transformer"].config
     blocks = config.num_layers + config.num_single_layers

@@ -294,8 +294,7 @@ def frozen_bytes(plan: Plan, transformer: nn.Module) -> float:
             swappable.append(sum(p.numel() * (NF4_BYTES if id(p) in quantized else p.itemsize) for p in frozen))
         count = min(args.blocks_to_swap, len(blocks))
         out = [swappable[number * len(blocks) // count] for number in range(count)]
-        # The one that ran, the one that runs and the one on its way stay; with a base pass before, one more.
-        total -= max(0.0, sum(out) - (4 if args.prior_from_base_model else 3) * max(out))
+        total -= max(0.0, sum(out) - 3 * max(out))  # the one that ran, the one that runs and the one on its way stay
     return total
 
 

@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 
 from benchmarks.small_world.table import (
-    CAPTIONS,
     LORA,
     PICTURES,
     PRIOR,
@@ -44,7 +43,6 @@ def main() -> None:
                     *world_flags(folder, number, PICTURES, args.steps, seed),
                     *LORA,
                     *PRIOR,
-                    *CAPTIONS,
                     *args.flags,
                 ]
                 seconds = train(script.resolve(), flags, folder)

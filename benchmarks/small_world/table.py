@@ -30,11 +30,8 @@ TRAINING_STEPS = 400
 PICTURES = 5
 SCORES = ["fidelity", "seen_fidelity", "prompt", "preservation", "diversity", "seconds"]
 COMMON = ["--train_batch_size=4", "--guidance_scale=1", "--center_crop", "--random_flip", "--lr_scheduler=constant"]
-LAYERS = (  # in so small a model the word of the subject has to be learned where words come in
-    "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0,attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out,ff.net.0.proj,ff.net.2,"
-    "ff_context.net.0.proj,ff_context.net.2,proj_mlp,proj_out,x_embedder,context_embedder,time_text_embed.text_embedder.linear_1"
-)
-LORA = [*COMMON, "--rank=16", "--lora_alpha=16", "--learning_rate=1e-3", f"--lora_layers={LAYERS}"]
+LAYERS = Path(__file__).with_name("layers.txt").read_text().splitlines()[1]  # a flag; the demo has it too
+LORA = [*COMMON, "--rank=16", "--lora_alpha=16", "--learning_rate=1e-3", LAYERS]
 FULL = [*COMMON, "--learning_rate=3e-4"]
 PRIOR = ["--with_prior_preservation", "--num_class_images=48", "--sample_batch_size=48"]
 BASE = ["--prior_from_base_model"]
