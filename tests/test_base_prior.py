@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -162,8 +163,21 @@ def test_what_the_class_prompt_draws_stays_nearer_to_the_base(run: Run, tmp_path
     assert changes[0] < 0.5 * changes[1]
 
 
-def test_a_resumed_run_is_bit_for_bit_the_run_never_stopped(run: Run, tmp_path: Path) -> None:
-    flags = (*PRIOR, "--train_text_encoder", "--cache_latents", "--checkpointing_steps=2", "--lora_dropout=0.2")
+def test_with_all_that_is_off_by_default_a_resumed_run_is_bit_for_bit_the_run_never_stopped(
+    run: Run, pictures: Path, tmp_path: Path
+) -> None:
+    first = run(script, "--train_text_encoder", f"--output_dir={tmp_path / 'first'}")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in sorted(pictures.iterdir())[1:]:
+        Image.open(path).convert("L").save(masks / f"{path.stem}.png")
+    flags = (
+        *PRIOR, "--train_text_encoder", f"--init_lora={first}", f"--mask_data_dir={masks}", "--trigger_word=ohwx",
+        "--resolution=32,64", "--aspect_ratio_buckets=auto", "--cache_latents", "--cached_views=3", "--random_flip",
+        "--validation_resolution=48", "--validation_prompt=a {trigger} dog", "--validation_loss", "--use_ema",
+        "--gradient_checkpointing", "--gradient_checkpointing_blocks=1", "--checkpointing_steps=2",
+        "--lora_dropout=0.2", "--gradient_accumulation_steps=2",
+    )  # fmt: skip
     whole = run(script, *flags, "--max_train_steps=4", f"--output_dir={tmp_path / 'whole'}")
     run(script, *flags)
     resumed = run(script, *flags, "--max_train_steps=4", "--resume_from_checkpoint=latest")
