@@ -1,5 +1,6 @@
 """What a simulated GPU showed: overflows, waiting, copies and casts that cost and give nothing."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -106,7 +107,10 @@ def test_the_allocator_grows_its_segments_unless_the_user_says_otherwise(script:
     for given, wanted in (({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "backend:x"}, "backend:x"),
                           ({"PYTORCH_CUDA_ALLOC_CONF": "backend:y"}, None)):  # fmt: skip
         environment = dict(given)
-        exec(code, {"os": SimpleNamespace(environ=environment), "sys": SimpleNamespace(platform="linux")})
+        exec(
+            code,
+            {"os": SimpleNamespace(environ=environment), "sys": SimpleNamespace(platform="linux"), "logging": logging},
+        )
         assert environment.get("PYTORCH_ALLOC_CONF") == wanted
     assert os.environ.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True" or sys.platform != "linux"
 

@@ -455,10 +455,14 @@ def test_the_attention_backend_is_the_one_asked_for(
         backends.append({str(processor._attention_backend.value) for processor in processors})
         save_results(args, accelerator, trained, dtype)
 
-    run(script, f"--output_dir={tmp_path / 'plain'}")
+    torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr(script, "save_results", keep)
     run(script, "--attention_backend=_native_math")
     assert backends == [{"_native_math"}]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(script, "save_results", save_results)
+    run(script, f"--output_dir={tmp_path / 'plain'}")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # its backward pass is not to be trusted
     assert found[:2] == pytest.approx(found[2:], rel=1e-4)
 
 
