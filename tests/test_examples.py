@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from conftest import one_script
+from tests.processes import PATIENCE
 
 pytestmark = one_script
 
@@ -92,7 +93,8 @@ def pairs(
     found: list[dict[str, Any]] = []
     for process in range(split[2]):
         sampler = schedule(script, len(dataset), split, process, seed=3, last=last)
-        found += DataLoader(dataset, batch_sampler=sampler, collate_fn=script.collate, num_workers=workers)
+        options: dict[str, Any] = {"num_workers": workers, "timeout": PATIENCE if workers else 0}
+        found += DataLoader(dataset, batch_sampler=sampler, collate_fn=script.collate, **options)
     return found
 
 

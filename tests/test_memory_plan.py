@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,11 @@ FLUX = [
 def plan_of(script: ModuleType, *flags: str) -> memory_plan.Plan:
     args = script.parse_args([*FLUX, *flags])
     return memory_plan.Plan(script, args, memory_plan.load_models(args.pretrained_model_name_or_path)[0])
+
+
+def test_planning_leaves_the_scripts_as_they_were_imported(script: ModuleType) -> None:
+    assert memory_plan.load_script(script.__file__ or "").parse_args is not script.parse_args
+    assert sys.modules[script.__name__] is script  # else nothing of it could be pickled any more, for a loader's worker
 
 
 @pytest.mark.parametrize(

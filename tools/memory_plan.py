@@ -411,7 +411,8 @@ def training_bytes(stages: list[Stage]) -> float:
 
 
 def load_script(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    """The script as a module of its own: one that is imported already stays what its name stands for."""
+    spec = importlib.util.spec_from_file_location(f"planned_{Path(path).stem}", path)
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise SystemExit(f"{path} is no script; give train_dreambooth_flux.py or train_dreambooth_lora_flux.py")
     script = importlib.util.module_from_spec(spec)
