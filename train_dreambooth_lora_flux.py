@@ -96,6 +96,8 @@ from accelerate.utils import (
 from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers import transformer_flux
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
     EMAModel,
@@ -1958,8 +1960,26 @@ NORMS = {  # as classes: a forward of its own in each module would be compiled f
 }
 
 
+def add_rotations(module: nn.Module, inputs: Any, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Hook of the positions: beside cosines and sines (S, D), where each stands twice, complex numbers (S, 1, D/2)."""
+    return (*pair, torch.complex(*(part[:, ::2].contiguous() for part in pair))[:, None])
+
+
+def rotate(x: Tensor, frequencies: tuple[Tensor, ...], sequence_dim: int) -> Tensor:
+    """Rotary embedding of queries or keys (B, S, H, D) in float32; diffusers' takes three times as many kernels.
+
+    Compiled, diffusers' is one, and complex numbers are not compiled.
+    """
+    if len(frequencies) == 2 or torch.compiler.is_compiling():
+        return apply_rotary_emb(x, frequencies[:2], sequence_dim=sequence_dim)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * frequencies[2]).flatten(-2).to(x.dtype)
+
+
 def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     """Switch on what is asked for of how the blocks compute."""
+    transformer.pos_embed.register_forward_hook(add_rotations)
+    transformer_flux.apply_rotary_emb = rotate
     if args.gradient_checkpointing:
         count, flag = args.gradient_checkpointing_blocks, "--gradient_checkpointing_blocks"
         recomputed = list_blocks(transformer) if count is None else choose_blocks(transformer, flag, count)
@@ -1987,7 +2007,12 @@ def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 64  # a graph for each shape, for training, sampling and the base as prior
     torch._functorch.config.force_non_lazy_backward_lowering = True  # where the backward fails, the forward says so
 
+    def alike(value: Any) -> Any:  # tokens (B, L, D): the first block's need no gradient, the later ones' have gaps
+        tokens = isinstance(value, Tensor) and value.ndim == 3
+        return value.flatten().view_as(value).requires_grad_(torch.is_grad_enabled()) if tokens else value
+
     def run_compiled(block: nn.Module, compiled: Callable, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tuple(map(alike, args)), {name: alike(value) for name, value in kwargs.items()}
         try:
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import FluxPosEmbed, apply_rotary_emb
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -113,6 +114,26 @@ def test_the_allocator_grows_its_segments_unless_the_user_says_otherwise(script:
         )
         assert environment.get("PYTORCH_ALLOC_CONF") == wanted
     assert os.environ.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True" or sys.platform != "linux"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rotary_embedding_is_diffusers_with_fewer_kernels(script: ModuleType, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([[0, row, column] for row in range(6) for column in range(4)])
+    positions = FluxPosEmbed(10000, [16, 56, 56])
+    frequencies = positions(ids)
+    positions.register_forward_hook(script.add_rotations)
+    x, gradient = (torch.randn(2, 24, 3, 128, generator=generator).to(dtype) for _ in range(2))
+    results: dict[str, list[Tensor]] = {}
+    for name, rotate in {"ours": script.rotate, "theirs": apply_rotary_emb, "exact": apply_rotary_emb}.items():
+        given = (x.double() if name == "exact" else x).clone().requires_grad_()
+        rotated = rotate(given, positions(ids) if name == "ours" else frequencies, sequence_dim=1)
+        rotated.backward(gradient.to(rotated.dtype))
+        assert given.grad is not None and rotated.dtype == given.dtype
+        results[name] = [rotated.detach(), given.grad]
+    for ours, theirs, exact in zip(*results.values(), strict=True):
+        assert (ours - exact).norm() <= (theirs - exact).norm() < 4e-3 * exact.norm()
+        assert dtype != torch.float32 or torch.equal(ours, theirs)
 
 
 def test_an_8_bit_step_does_not_wait_for_the_device_after_each_weight(

@@ -413,6 +413,8 @@ def test_one_graph_serves_all_blocks_of_a_kind(
         in_channels=16, num_layers=10, num_single_layers=10, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
     )  # fmt: skip
+    for name, weight in transformer.named_parameters():  # the first block's inputs need no gradient then
+        weight.requires_grad_("to_q" in name)
     script.set_up_blocks(args, transformer)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -420,7 +422,7 @@ def test_one_graph_serves_all_blocks_of_a_kind(
     for _ in range(2):
         inputs = (torch.randn(1, 4, 8, 8), torch.rand(1), torch.randn(1, 5, 16), torch.randn(1, 16), torch.ones(1))
         script.predict_velocity(transformer.train(), *inputs).sum().backward()
-    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
