@@ -53,7 +53,7 @@ faults: $(VENV)/tools
 	FLUX_FAULTS=30 $(BIN)/python -m pytest tests/test_faults.py
 
 gpu:
-	$(GPU_PYTHON) -m pytest tests/test_gpu.py
+	$(GPU_PYTHON) -m pytest tests/test_gpu.py $(shell $(GPU_PYTHON) -c "import xdist" 2>/dev/null && printf -- -n8)
 	$(GPU_PYTHON) -m benchmarks.run --gpu_table --record --work gpu --only=512 --steps=8
 
 check: $(VENV)/tools

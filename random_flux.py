@@ -126,6 +126,11 @@ SCHEDULER = {
 PICTURE_SIZES = [(96, 64), (64, 96), (80, 80), (128, 72), (60, 90)]  # (width, height): landscape, portrait, square
 
 
+def draw_normal(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator, std: float = 1.0) -> torch.Tensor:
+    """Drawn where the generator is, returned on the CPU."""
+    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device).mul_(std).cpu()
+
+
 def random_tensor(name: str, meta: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """A weight of `meta`'s shape: norms at one, biases at zero, the rest normal with variance 1 / fan-in.
 
@@ -137,20 +142,21 @@ def random_tensor(name: str, meta: torch.Tensor, dtype: torch.dtype, generator: 
         if name.endswith("bias"):
             log_variance -= 8
         else:
-            mean.normal_(std=5 * math.prod(meta.shape[1:]) ** -0.5, generator=generator)
+            mean = draw_normal(mean.shape, mean.dtype, generator, 5 * math.prod(meta.shape[1:]) ** -0.5)
         return torch.cat([mean, log_variance]).to(dtype)
     if name.endswith("bias"):
         return torch.zeros(meta.shape, dtype=dtype)
     if meta.ndim < 2:
         return torch.ones(meta.shape, dtype=dtype)
     if "embed_tokens" in name or "shared" in name or "embedding" in name:
-        return torch.randn(meta.shape, generator=generator, dtype=dtype)
-    return torch.randn(meta.shape, generator=generator, dtype=dtype).mul_(math.prod(meta.shape[1:]) ** -0.5)
+        return draw_normal(meta.shape, dtype, generator)
+    return draw_normal(meta.shape, dtype, generator, math.prod(meta.shape[1:]) ** -0.5)
 
 
 def write_model(
-    model: Any, folder: Path, stem: str, dtype: torch.dtype, seed: int, max_shard_size: str = "4GB"
-) -> None:
+    model: Any, folder: Path, stem: str, dtype: torch.dtype, seed: int, max_shard_size: str = "4GB",
+    device: str = "cpu",
+) -> None:  # fmt: skip
     """Write config and random weights of a model that lives on the meta device.
 
     Args:
@@ -160,6 +166,7 @@ def write_model(
         dtype: of the weights written.
         seed: of the weights.
         max_shard_size: the memory that writing takes, and the size of a file.
+        device: where the weights are drawn; on another one they are others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_config"):
@@ -172,7 +179,7 @@ def write_model(
     plan = split_torch_state_dict_into_shards(
         shapes, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with tqdm(total=len(shapes), desc=f"Writing {folder.name}", unit="tensor", leave=False, disable=None) as progress:
         for file, names in plan.filename_to_tensors.items():
             shard = {}
@@ -237,9 +244,10 @@ def write_checkpoint(folder: str | Path, size: str = "tiny", guidance_embeds: bo
         ValueError: if `size` is not one of SIZES.
     """
     models, folder, dtype = make_meta_models(size, guidance_embeds), Path(folder), SIZES[size]["dtype"]
+    device = "cuda" if size == "dev" and torch.cuda.is_available() else "cpu"  # one minute instead of several
     for number, (name, model) in enumerate(models.items()):
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        write_model(model, folder / name, stem, dtype, seed + number)
+        write_model(model, folder / name, stem, dtype, seed + number, device=device)
     clip_tokenizer().save_pretrained(folder / "tokenizer")
     t5_tokenizer().save_pretrained(folder / "tokenizer_2")
     scheduler = SCHEDULER if guidance_embeds else SCHEDULER | {"shift": 1.0, "use_dynamic_shifting": False}

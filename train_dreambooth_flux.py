@@ -1897,7 +1897,7 @@ def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     backend = "_native_npu" if args.enable_npu_flash_attention else args.attention_backend
     if backend:
         transformer.set_attention_backend(backend)
-    else:  # cuDNN's backward pass, which torch would take on an H100, makes FLUX.1's gradients NaN (pytorch#196678)
+    else:  # cuDNN's backward pass, which torch takes on an H100, gave NaN gradients at once (torch 2.11, cuDNN 9.19)
         torch.backends.cuda.enable_cudnn_sdp(False)
     for module in transformer.modules():
         if type(module) in NORMS:
