@@ -841,8 +841,8 @@ def validation_loss(run: Run) -> float:
     total = torch.zeros((), device=device)
     transformer.eval()
     for number in own_share(accelerator, count):
-        prompt, latents, weights = data.validation[number % count]
-        token_weights = None if weights is None else weights[None].to(device)
+        prompt, latents, token_weights = data.validation[number % count]
+        token_weights = None if token_weights is None else token_weights[None].to(device)
         embeds = embed_prompt(accelerator, run.trained.text_encoder, data.prompts[prompt])
         text, pooled = embeds.prompt_embeds[None].to(device), embeds.pooled_prompt_embeds[None].to(device)
         for level in range(VALIDATION_SIGMAS):
@@ -1076,7 +1076,7 @@ FLAGS = {
              needs=("--gradient_checkpointing",), resume="free"),
         Flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"),
         Flag("--allow_tf32", bool, help="float32 products in TF32 on Ampere and newer"),
-        Flag("--attention_backend", choices=ATTENTION_BACKENDS, help="as diffusers names it (default: native)"),
+        Flag("--attention_backend", choices=ATTENTION_BACKENDS, help="diffusers' name of it (default: torch's choice)"),
         Flag("--enable_npu_flash_attention", bool, help="attention of an Ascend NPU", packages=(("", "torch_npu"),)),
     ],
     "flow matching and prompts": [
@@ -1150,7 +1150,7 @@ OWN_FLAGS = {  # of this script
         Flag("--rank", int, 4, "rank of the adapters", ge=1, resume="refuse"),
         Flag("--lora_alpha", int, 4, "adapters are scaled by lora_alpha / rank", ge=1),
         Flag("--lora_dropout", float, 0.0, "dropout in front of the adapters", ge=0, lt=1),
-        Flag("--lora_layers", help="comma-separated ends of layer names (default: all linear)", resume="refuse"),
+        Flag("--lora_layers", help="comma-separated ends of layer names (default: see README)", resume="refuse"),
         Flag("--use_rslora", bool, help="scale by lora_alpha / sqrt(rank) instead"),
         Flag("--use_dora", bool, help="DoRA: magnitudes apart; only diffusers loads it", resume="refuse"),
     ],
@@ -1962,6 +1962,8 @@ NORMS = {  # as classes: a forward of its own in each module would be compiled f
 
 def add_rotations(module: nn.Module, inputs: Any, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Hook of the positions: beside cosines and sines (S, D), where each stands twice, complex numbers (S, 1, D/2)."""
+    if pair[0].device.type not in ("cpu", "cuda"):  # others may not multiply complex numbers
+        return pair
     return (*pair, torch.complex(*(part[:, ::2].contiguous() for part in pair))[:, None])
 
 
@@ -1987,8 +1989,8 @@ def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     backend = "_native_npu" if args.enable_npu_flash_attention else args.attention_backend
     if backend:
         transformer.set_attention_backend(backend)
-    else:  # cuDNN's backward pass, which torch takes on an H100, gave NaN gradients at once (torch 2.11, cuDNN 9.19)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    # cuDNN's backward pass, torch's first choice on an H100, gave NaN gradients at once (torch 2.11, cuDNN 9.19).
+    torch.backends.cuda.enable_cudnn_sdp(False)  # `_native_cudnn` switches it on where it is asked for
     for module in transformer.modules():
         if type(module) in NORMS:
             module.__class__ = NORMS[type(module)]
@@ -2091,7 +2093,7 @@ def quantize_base(transformer: nn.Module, kind: str, device: torch.device, swapp
     """Quantize the linear layers of the blocks on `device`, one at a time; those `swapped` go back to host memory.
 
     The modulation (AdaLN, 27 % of FLUX.1 [dev]) acts on one vector a picture and its errors reach every token: it stays
-    at int8 even with `kind` "nf4", for 1.5 GiB. The embedders and the last layer, 1 % of the weights, are left alone.
+    at int8 even with `kind` "nf4", for 1.5 GiB. The embedders and the last layer, 0.5 % of the weights, are left alone.
     """
     for block in tqdm(list_blocks(transformer), desc="Quantizing", unit="block", leave=False, delay=2, disable=None):
         for name, linear in list(block.named_modules()):
@@ -2610,7 +2612,7 @@ def check_machines(
     if accelerator.is_main_process:
         probe.touch()
     accelerator.wait_for_everyone()
-    names = [(kind, picture.name, picture.prompt) for kind, part in pictures.items() for picture in part]
+    names = [(kind, one.name, one.prompt, one.digest) for kind, part in pictures.items() for one in part]
     checkpoint = resumed is None or (resumed.folder / STATE_FILE).is_file()
     pictures_of, checkpoint_of, folder_of = zip(*gather_object([(names, checkpoint, probe.exists())]), strict=True)
     if accelerator.is_main_process:

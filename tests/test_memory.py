@@ -461,7 +461,6 @@ def test_the_attention_backend_is_the_one_asked_for(
     monkeypatch.setattr(script, "save_results", keep)
     run(script, "--attention_backend=_native_math")
     assert backends == [{"_native_math"}]
-    assert torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr(script, "save_results", save_results)
     run(script, f"--output_dir={tmp_path / 'plain'}")
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # its backward pass is not to be trusted
