@@ -95,7 +95,7 @@ from accelerate.utils import (
 )
 from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -716,7 +716,7 @@ def load_text_encoder(args: Namespace, dtype: torch.dtype, seed: int) -> CLIPTex
     text_encoder = from_base(CLIPTextModel, args, subfolder="text_encoder", dtype=dtype).requires_grad_(False)
     add_adapter(args, text_encoder, TEXT_ENCODER_TARGETS, seed)
     if args.gradient_checkpointing:
-        text_encoder.gradient_checkpointing_enable()
+        text_encoder.activation_checkpointing_enable()
     return text_encoder.train()
 
 
@@ -732,6 +732,9 @@ def add_adapter(args: Namespace, model: Any, targets: list[str], seed: int) -> N
         target_modules=targets,
     )
     torch.manual_seed(seed)  # peft draws from the global generator
+    names = [f".{name}" for name, _ in model.named_modules()]
+    if lost := [target for target in targets if not any(name.endswith(f".{target}") for name in names)]:
+        raise UsageError(f"--lora_layers is {args.lora_layers!r}, and no layer's name ends in {shorten(lost)}")
     try:
         model.add_adapter(config)
     except ValueError as error:
@@ -897,8 +900,8 @@ def sample_pictures(
     Numbers beyond the last are fillers, which only keep the processes of a sharded model in step.
     """
     images, count = args.num_validation_images, args.num_validation_images * len(embeds)
-    guidance, steps = args.validation_guidance_scale, args.validation_num_inference_steps
-    options = {"guidance_scale": guidance, "num_inference_steps": steps}
+    options = {"guidance_scale": args.validation_guidance_scale}
+    options |= {"num_inference_steps": args.validation_num_inference_steps}
     was_training = transformer.training  # then autocast takes float32; what was saved takes its own precision
     dtype = torch.float32 if was_training else transformer.dtype
     sampler, pictures = make_sampler(args, transformer.eval()), {}
@@ -1472,18 +1475,26 @@ def open_alpha(open_picture: Callable[[], Image.Image]) -> Image.Image:
 
 def open_mask(path: Path) -> Image.Image:
     with Image.open(path) as stored:
-        return ImageOps.exif_transpose(stored).convert("L")
+        deep = stored.mode.startswith(("I", "F"))  # `convert` would cut off what is above 255
+        return (to_rgb(stored) if deep else ImageOps.exif_transpose(stored)).convert("L")
 
 
-def find_masks(args: Namespace, pictures: list[Picture]) -> list[Picture]:
-    """The pictures with their masks, where there are any; a mask without a picture is named."""
+def find_masks(args: Namespace, pictures: dict[str, list[Picture]]) -> dict[str, list[Picture]]:
+    """The pictures of all sources with their masks, where there are any; a mask without a picture is named."""
     if args.alpha_mask:
-        return [replace(picture, mask=functools.partial(open_alpha, picture.open)) for picture in pictures]
+        return {source: [replace(one, mask=functools.partial(open_alpha, one.open)) for one in part]
+                for source, part in pictures.items()}  # fmt: skip
     files = open_folder("--mask_data_dir", args.mask_data_dir)
     masks = {path.stem: functools.partial(open_mask, path) for path in files}
-    if lost := sorted(masks.keys() - {Path(picture.name).stem for picture in pictures}):
+    stems = [{Path(one.name).stem for one in part} for part in pictures.values()]
+    if lost := sorted(masks.keys() - set().union(*stems)):
         logger.warning(f"--mask_data_dir has masks without a picture: {shorten(lost)}")
-    return [replace(picture, mask=masks.get(Path(picture.name).stem)) for picture in pictures]
+    if twice := sorted(masks.keys() & set.intersection(*stems)) if len(stems) > 1 else []:
+        raise UsageError(
+            f"--mask_data_dir has masks of pictures that are trained on and held out; rename: {shorten(twice)}"
+        )
+    return {source: [replace(one, mask=masks.get(Path(one.name).stem)) for one in part]
+            for source, part in pictures.items()}  # fmt: skip
 
 
 def check_pictures(pictures: list[Picture]) -> list[Picture]:
@@ -1583,10 +1594,9 @@ def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
         pictures = {"instance": pictures_in_folder("--instance_data_dir", args.instance_data_dir, *captions)}
     if args.validation_data_dir:
         pictures["validation"] = pictures_in_folder("--validation_data_dir", args.validation_data_dir, *captions)
-    for source, part in pictures.items():
-        if args.mask_data_dir or args.alpha_mask:
-            pictures[source] = find_masks(args, part)
-        pictures[source] = [with_trigger(args, picture) for picture in pictures[source]]
+    if args.mask_data_dir or args.alpha_mask:
+        pictures = find_masks(args, pictures)
+    pictures = {source: [with_trigger(args, picture) for picture in part] for source, part in pictures.items()}
     class_flag, folder = "--class_data_dir", args.class_data_dir
     if args.with_prior_preservation and os.path.lexists(folder) and open_folder(class_flag, folder):
         pictures["class"] = pictures_in_folder(class_flag, folder, args.class_prompt)
@@ -2009,12 +2019,17 @@ def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 64  # a graph for each shape, for training, sampling and the base as prior
     torch._functorch.config.force_non_lazy_backward_lowering = True  # where the backward fails, the forward says so
 
-    def alike(value: Any) -> Any:  # tokens (B, L, D): the first block's need no gradient, the later ones' have gaps
-        tokens = isinstance(value, Tensor) and value.ndim == 3
-        return value.flatten().view_as(value).requires_grad_(torch.is_grad_enabled()) if tokens else value
+    trained = [any(weight.requires_grad for weight in block.parameters()) for block in blocks]
 
-    def run_compiled(block: nn.Module, compiled: Callable, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tuple(map(alike, args)), {name: alike(value) for name, value in kwargs.items()}
+    def alike(number: int, value: Any) -> Any:  # tokens (B, L, D): the first's need no gradient, later ones' have gaps
+        if not (isinstance(value, Tensor) and value.ndim == 3):
+            return value
+        needed = value.requires_grad or (torch.is_grad_enabled() and any(trained[: number + 1]))
+        return value.flatten().view_as(value).requires_grad_(needed)
+
+    def run_compiled(number: int, block: nn.Module, compiled: Callable, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(alike(number, value) for value in args)
+        kwargs = {name: alike(number, value) for name, value in kwargs.items()}
         try:
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -2023,9 +2038,9 @@ def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
                 vars(other).pop("forward", None)
             return block.forward(*args, **kwargs)
 
-    for block in blocks:
+    for number, block in enumerate(blocks):
         compiled = torch.compile(block.forward, **plugin.to_kwargs())
-        block.forward = functools.partial(run_compiled, block, compiled)  # type: ignore[method-assign]
+        block.forward = functools.partial(run_compiled, number, block, compiled)  # type: ignore[method-assign]
     plugin.backend = DynamoBackend.NO  # `prepare` would compile the whole
 
 
@@ -2139,7 +2154,7 @@ class BlockSwap:
         return taken.view(weight.dtype).view(weight.shape).copy_(weight)
 
     def start_copy(self, number: int) -> None:
-        if number not in range(len(self.host)) or number in self.copies:
+        if number in self.copies:
             return
         with torch.cuda.stream(self.stream) if self.cuda else contextlib.nullcontext():
             weights = [weight.to(self.device, non_blocking=True, copy=True) for _, _, weight in self.host[number]]
@@ -2162,7 +2177,9 @@ class BlockSwap:
             # A new parameter: changing the old one's data would change what autograd keeps of it as well.
             module._parameters[name] = nn.Parameter(copy, requires_grad=False)
         last, turning = len(self.host) - 1, number == self.position == len(self.host) - 1
-        if turning or number == self.position - 1:  # backward; from block 0 on, the next forward pass
+        if torch.is_grad_enabled() and (
+            turning or number == self.position - 1
+        ):  # backward; from block 0 on, the next forward pass
             self.start_copy(max(number - 1, 0))
         elif number < last:
             self.start_copy(number + 1)
@@ -2396,8 +2413,9 @@ def make_accelerator(args: Namespace) -> Accelerator:
         )
     if precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate would leave out both
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
-    if getattr(args, "full_bf16", False) and precision != "bf16":
-        raise UsageError(f"--full_bf16 needs --mixed_precision=bf16, and accelerate's configuration says {precision}")
+    for flag, allowed in (("full_bf16", ["bf16"]), ("fused_backward_pass", ["no", "bf16"])):
+        if getattr(args, flag, False) and precision not in allowed:
+            raise UsageError(f"--{flag} needs --mixed_precision=bf16, and accelerate's configuration says {precision}")
     for note in notes_on_args(args):
         logger.warning(note)
     set_up_engine(args, accelerator)
@@ -2554,8 +2572,13 @@ def check_finite(run: Run, loss: float, norm: float) -> None:
 
 
 def check_model(args: Namespace) -> None:
-    """Stop unless `--pretrained_model_name_or_path` is a FLUX.1 pipeline; only its index is read."""
+    """Stop unless `--pretrained_model_name_or_path` is a FLUX.1 pipeline, of which only the index is read."""
     name = args.pretrained_model_name_or_path
+    if args.attention_backend:
+        try:
+            _check_attention_backend_requirements(AttentionBackendName(args.attention_backend))
+        except RuntimeError as error:
+            raise UsageError(f"--attention_backend is {args.attention_backend}: {error}") from error
     try:
         index = FluxPipeline.load_config(name, **hub_options(args))
     except (OSError, ValueError) as error:
@@ -2750,12 +2773,17 @@ def read_lora(args: Namespace) -> dict[str, Tensor]:
     clip = any(name.startswith("text_encoder.") for name in state)
     if clip and not args.train_text_encoder:
         raise UsageError(f"--init_lora is {args.init_lora!r}, which changes CLIP too: give --train_text_encoder")
+    odd = [name for name in state if not name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"))]
+    if odd or not state:
+        raise UsageError(
+            f"--init_lora is {args.init_lora!r}, which is no LoRA in names that are known: {shorten(odd, 3)}"
+        )
     known, scaled = {**(alphas or {})}, {}
     for name, value in state.items():
         part, layer = name.partition(".")[0], name.rpartition(".lora_")[0]
         about = {key.removeprefix(f"{part}."): of for key, of in (metadata or {}).items() if key.startswith(f"{part}.")}
         rank = value.shape[1] if "lora_B" in name else value.shape[0]
-        patterns = [of for end, of in (about.get("alpha_pattern") or {}).items() if layer.endswith(end)]
+        patterns = [of for end, of in (about.get("alpha_pattern") or {}).items() if f".{layer}".endswith(f".{end}")]
         alpha = float(known.get(f"{layer}.alpha", [*patterns, about.get("lora_alpha", rank)][0]))
         scale = alpha / (math.sqrt(rank) if about.get("use_rslora") else rank)
         scaled[name] = value.float() * (scale if "lora_B" in name else 1.0)
@@ -3191,7 +3219,7 @@ def describe_training(
     ends = ("_dir", "_path", "_checkpoint", "_lora")
     given = {name: Path(value) for name, value in vars(args).items() if name.endswith(ends) and value}
     paths = {name: path.name for name, path in given.items() if path.is_absolute()}  # nobody's home folder
-    shown = Namespace(**vars(args) | paths | {"output_dir": OUTPUT_DIR})
+    shown = Namespace(**vars(args) | paths | {"output_dir": OUTPUT_DIR, "scale_lr": False})  # the rate is scaled
     flags = [f"    {line}" for line in flag_lines(shown)]
     rows = [
         f"- pictures: {len(pictures['instance'])} of the subject ({prompts} prompts){prior}{held_out}",

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import constants, hf_api
 from PIL import Image
@@ -461,9 +462,27 @@ def test_layers_that_the_model_does_not_have_are_a_usage_error(
 ) -> None:
     """Only the model knows its layers, so this one is found after it was loaded."""
     monkeypatch.chdir(tmp_path)
-    argv = [*base_flags(tiny_flux, pictures), "--max_sequence_length=16", "--lora_layers=attn.to_x"]
+    argv = [*base_flags(tiny_flux, pictures), "--max_sequence_length=16", "--lora_layers=attn.to_q, attn.to_x,proj_out"]
     code, message = exit_of(SCRIPTS["lora"], argv, capsys)
-    assert code == 2 and "--lora_layers is 'attn.to_x'" in message
+    assert code == 2 and "--lora_layers is 'attn.to_q, attn.to_x,proj_out'" in message
+    assert message.endswith("no layer's name ends in attn.to_x")
+
+
+def test_what_only_the_machine_knows_not_to_work_is_said_before_a_model_is_loaded(
+    tiny_flux: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    code, message = exit_of(SCRIPTS["lora"], [*base_flags(tiny_flux, pictures), "--attention_backend=flash"], capsys)
+    assert code == 2 and "--attention_backend is flash" in message and "flash-attn" in message
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    AcceleratorState._reset_state(True)
+    code, message = exit_of(SCRIPTS["full"], [*base_flags(tiny_flux, pictures), "--fused_backward_pass"], capsys)
+    assert code == 2 and "--fused_backward_pass needs" in message and "says fp16" in message
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,9 @@ def test_the_card_names_a_model_of_the_hub_whole_and_a_folder_by_its_last_name(
     args = script.parse_args([*base_flags, *flags])
     text = script.describe_training(args, Accelerator(), {"instance": []}, script.RunState(1, 0))
     assert "--pretrained_model_name_or_path=owner/flux\n" in text and "--instance_data_dir=dogs\n" in text
+    args.scale_lr, args.learning_rate = True, 0.25  # as `resolve_steps` leaves it: already scaled
+    text = script.describe_training(args, Accelerator(), {"instance": []}, script.RunState(1, 0))
+    assert "--learning_rate=0.25" in text and "scale_lr" not in text
 
 
 def test_the_card_shows_only_pictures_that_exist(script: ModuleType, run: Run) -> None:

@@ -52,7 +52,12 @@ def test_a_scale_that_stands_in_the_metadata_counts(run: Run, losses: list[float
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
         state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     metadata["transformer.lora_alpha"] = 5  # of rank 2: the weights are multiplied by 2.5
-    state = {name: value / 2.5 if "lora_B" in name else value for name, value in state.items()}
+    metadata["transformer.alpha_pattern"] = {"transformer_blocks.0.attn.to_q": 2}  # not single_transformer_blocks.0's
+    other_alpha = "transformer.transformer_blocks.0.attn.to_q."
+    state = {
+        name: value / 2.5 if "lora_B" in name and not name.startswith(other_alpha) else value
+        for name, value in state.items()
+    }
     other = tmp_path / "other.safetensors"
     save_file(state, other, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
     run(lora, *FLAGS, f"--init_lora={other}", f"--output_dir={tmp_path / 'next'}")
@@ -73,6 +78,17 @@ def test_what_does_not_fit_is_one_message(run: Run, tmp_path: Path) -> None:
             run(lora, *flags, f"--init_lora={written}", f"--output_dir={tmp_path / 'next'}")
     with pytest.raises(full.UsageError, match=r"--init_lora is .*which does not load"):
         run(full, f"--init_lora={tmp_path}")
+
+
+def test_what_cannot_be_merged_whole_is_refused(run: Run, tmp_path: Path) -> None:
+    written = run(lora, "--rank=2", "--use_dora") / lora.LORA_FILE
+    with pytest.raises(full.UsageError, match=r"of which cannot be merged: transformer\..*lora_magnitude_vector and "):
+        run(full, f"--init_lora={written}", f"--output_dir={tmp_path / 'merged'}")
+    with safe_open(written, "pt") as file:
+        state = {f"diffusion_model.{name}": file.get_tensor(name) for name in file.keys() if "lora_A" in name}  # noqa: SIM118
+    save_file(state, tmp_path / "other.safetensors", {"format": "pt"})
+    with pytest.raises(full.UsageError, match=r"of which cannot be merged: diffusion_model\."):
+        run(full, f"--init_lora={tmp_path / 'other.safetensors'}", f"--output_dir={tmp_path / 'merged'}")
 
 
 def test_a_resumed_run_takes_its_checkpoint_and_not_the_lora(run: Run, tmp_path: Path) -> None:

@@ -147,6 +147,36 @@ def test_the_transparency_of_a_picture_is_its_mask(script: ModuleType, tmp_path:
     assert weights.tolist() == [[0.25, 0.25, 1, 1]] * 4
 
 
+@pytest.mark.parametrize("kind", ["I;16", "F"])
+def test_a_mask_of_more_than_8_bits_keeps_its_greys(script: ModuleType, folders: tuple[Path, Path], kind: str) -> None:
+    pictures, masks = folders
+    path = masks / "dog_1.webp"
+    with Image.open(path) as stored:
+        greys = np.asarray(stored.convert("L"))
+    path.unlink()
+    deep = greys.astype(np.uint16) * 257 if kind == "I;16" else greys.astype(np.float32) / 255
+    Image.fromarray(deep).save(masks / ("dog_1.png" if kind == "I;16" else "dog_1.tif"))
+    dataset = dataset_of(script, f"--instance_data_dir={pictures}", f"--mask_data_dir={masks}")
+    [picture] = [one for one in dataset.sources["instance"] if one.name.endswith("dog_1.png")]
+    assert picture.mask is not None and np.abs(np.asarray(picture.mask()).astype(int) - greys).max() <= 1
+
+
+def test_held_out_pictures_have_masks_of_their_own(
+    script: ModuleType, folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures, masks = folders
+    (tmp_path / "held").mkdir()
+    flags = [*BASE, f"--instance_data_dir={pictures}", f"--mask_data_dir={masks}", "--validation_loss"]
+    flags.append(f"--validation_data_dir={tmp_path / 'held'}")
+    (pictures / "dog_2.png").rename(tmp_path / "held" / "dog_2.png")
+    found = script.list_pictures(script.parse_args(flags))
+    assert all(picture.mask is not None for part in found.values() for picture in part)
+    assert "without a picture" not in caplog.text
+    (pictures / "dog_1.png").rename(tmp_path / "held" / "dog_0.png")
+    with pytest.raises(script.UsageError, match=r"trained on and held out; rename: dog_0$"):
+        script.list_pictures(script.parse_args(flags))
+
+
 def test_masks_are_counted_and_those_without_a_picture_named(
     script: ModuleType, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
