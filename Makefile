@@ -2,7 +2,7 @@
 # make test    all tests, offline, on the CPU
 # make quick   the tests of numbers, data and flags, within a minute: for who edits a script
 # make faults  the long fault injection: 30 kills of each script, each resumed
-# make gpu     on a machine with a GPU, without a network: what only a GPU shows, then the table of speeds, LoRA's rows first
+# make gpu     on a machine with a GPU, without a network: what only a GPU shows, then five rows of the table of speeds
 # make check   ruff, mypy, and that the two scripts still share their text
 
 PYTHON ?= python3
@@ -15,6 +15,8 @@ LAUNCH := $(BIN)/accelerate launch --num_processes=1 --num_machines=1 --mixed_pr
 PYTEST := $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 QUICK := accumulation arguments buckets captions examples images optimizer pipeline_agreement shared_code step unchanged
 
+# Ten minutes with the tests; for the other rows see benchmarks/results.md.
+GPU_ROWS := "base, 512|bf16 base, compiled, 512|AdamW, 512"
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .PHONY: demo test quick faults gpu check clean
@@ -54,7 +56,7 @@ faults: $(VENV)/tools
 
 gpu:
 	$(GPU_PYTHON) -m pytest tests/test_gpu.py $(shell $(GPU_PYTHON) -c "import xdist" 2>/dev/null && printf -- -n8)
-	$(GPU_PYTHON) -m benchmarks.run --gpu_table --record --work gpu --only=512 --steps=8
+	$(GPU_PYTHON) -m benchmarks.run --gpu_table --record --work gpu --steps=8 --only=$(GPU_ROWS)
 
 check: $(VENV)/tools
 	$(BIN)/ruff check .

@@ -223,7 +223,7 @@ def make_plans(args: Namespace) -> Iterator[Plan]:
             yield Plan(script, script, args.resolution, args.precision, args.dynamo, ("--cache_latents",))
         return
     for name, (resolution, script, dynamo, flags) in GPU_TABLE.items():
-        if args.only in name:
+        if re.search(args.only, name):
             yield Plan(name, script, resolution, "bf16", dynamo, (*GPU_FLAGS[script], *flags))
 
 
@@ -328,7 +328,7 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--against", type=Path, help="another script of the same command line, run in turn with ours")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each with --against (default: 3)")
     parser.add_argument("--gpu_table", action="store_true", help="all rows of the GPU's table, at size dev")
-    parser.add_argument("--only", default="", metavar="TEXT", help="of that table only the rows named so, as 'nf4'")
+    parser.add_argument("--only", default="", metavar="REGEX", help="of that table only these rows, as 'nf4'")
     parser.add_argument("--peak_tflops", type=float, help="of the GPU, dense bf16 (default: by its name)")
     parser.add_argument("--record", action="store_true", help="append what is measured to benchmarks/results.md")
     parser.add_argument("extra", nargs="*", help="after --: flags for the scripts")

@@ -1,5 +1,6 @@
 """What the benchmarks read and compute is true; one real run on the tiny checkpoint."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,9 @@ def test_the_flops_of_lora_leave_out_the_gradients_of_frozen_weights() -> None:
 
 def test_the_gpu_table_has_twenty_rows_whose_flags_the_scripts_take() -> None:
     plans = list(run.make_plans(SimpleNamespace(gpu_table=True, only="")))
+    [pattern] = re.findall(r'^GPU_ROWS := "(.*?)"', (run.ROOT / "Makefile").read_text(), re.MULTILINE)
+    chosen = list(run.make_plans(SimpleNamespace(gpu_table=True, only=pattern)))
+    assert {plan.resolution for plan in chosen} == {512} and [plan.script for plan in chosen] == ["lora"] * 4 + ["full"]
     assert len({(plan.name, plan.resolution) for plan in plans}) == 20
     required = ["--pretrained_model_name_or_path=x", "--instance_prompt=x", "--instance_data_dir=x"]
     for plan in plans:
