@@ -2604,53 +2604,22 @@ def load_weights(model: Any, folder: Path) -> None:
     load_torch_model(model, folder / name, strict=True, filename_pattern=pattern)
 
 
-def read_lora(args: Namespace) -> dict[str, Tensor]:
-    """The layers of `--init_lora`, in float32, with its scale multiplied into B; a UsageError if it is no LoRA."""
+def start_from_lora(args: Namespace, models: list[nn.Module]) -> None:
+    """Merge `--init_lora` into the weights, as diffusers and peft do; a UsageError if they cannot take all of it."""
+    parts: dict[str, Any] = {component_name(model): model for model in models}
+    pipeline = FluxPipeline(None, None, parts.get("text_encoder"), None, None, None, parts["transformer"])
+    options = {"cache_dir": args.cache_dir, "token": args.hub_token}
     try:
-        state, alphas, metadata = FluxPipeline.lora_state_dict(
-            args.init_lora,
-            return_alphas=True,
-            return_lora_metadata=True,
-            cache_dir=args.cache_dir,
-            token=args.hub_token,
-        )
+        names = FluxPipeline.lora_state_dict(args.init_lora, **options)
+        if others := [name for name in names if name.partition(".")[0] not in parts]:
+            raise ValueError(f"{shorten(others, 3)} is of nothing that is trained (CLIP needs --train_text_encoder)")
+        pipeline.load_lora_weights(args.init_lora, **options)
     except Exception as error:  # each loader has its own kinds
         raise UsageError(f"--init_lora is {args.init_lora!r}, which does not load: {error}") from error
-    clip = any(name.startswith("text_encoder.") for name in state)
-    if clip and not args.train_text_encoder:
-        raise UsageError(f"--init_lora is {args.init_lora!r}, which changes CLIP too: give --train_text_encoder")
-    odd = [name for name in state if not name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"))]
-    if odd or not state:
-        raise UsageError(
-            f"--init_lora is {args.init_lora!r}, which is no LoRA in names that are known: {shorten(odd, 3)}"
-        )
-    known, scaled = {**(alphas or {})}, {}
-    for name, value in state.items():
-        part, layer = name.partition(".")[0], name.rpartition(".lora_")[0]
-        about = {key.removeprefix(f"{part}."): of for key, of in (metadata or {}).items() if key.startswith(f"{part}.")}
-        rank = value.shape[1] if "lora_B" in name else value.shape[0]
-        patterns = [of for end, of in (about.get("alpha_pattern") or {}).items() if f".{layer}".endswith(f".{end}")]
-        alpha = float(known.get(f"{layer}.alpha", [*patterns, about.get("lora_alpha", rank)][0]))
-        scale = alpha / (math.sqrt(rank) if about.get("use_rslora") else rank)
-        scaled[name] = value.float() * (scale if "lora_B" in name else 1.0)
-    return scaled
-
-
-def start_from_lora(args: Namespace, models: list[nn.Module]) -> None:
-    """Add the changes of `--init_lora` to the weights."""
-    state = read_lora(args)
-    merged = set[str]()
+    pipeline.fuse_lora(components=list(parts))
+    pipeline.unload_lora_weights()
     for model in models:
-        prefix = component_name(model) + "."
-        for name, down in state.items():
-            if name.startswith(prefix) and name.endswith(".lora_A.weight"):
-                layer = name.removeprefix(prefix).removeprefix("text_model.").removesuffix(".lora_A.weight")
-                weight: Any = model.get_submodule(layer).weight
-                up = name.replace("lora_A", "lora_B")
-                weight.data += (state[up] @ down).to(weight)
-                merged |= {name, up}
-    if left := sorted(state.keys() - merged):
-        raise UsageError(f"--init_lora is {args.init_lora!r}, of which cannot be merged: {shorten(left, 3)}")
+        model.requires_grad_(True)  # peft froze them
 
 
 def load_checkpoint(run: Run, resumed: Checkpoint) -> list[str]:

@@ -80,15 +80,18 @@ def test_what_does_not_fit_is_one_message(run: Run, tmp_path: Path) -> None:
         run(full, f"--init_lora={tmp_path}")
 
 
-def test_what_cannot_be_merged_whole_is_refused(run: Run, tmp_path: Path) -> None:
-    written = run(lora, "--rank=2", "--use_dora") / lora.LORA_FILE
-    with pytest.raises(full.UsageError, match=r"of which cannot be merged: transformer\..*lora_magnitude_vector and "):
-        run(full, f"--init_lora={written}", f"--output_dir={tmp_path / 'merged'}")
+def test_dora_and_other_alphas_are_merged_and_what_cannot_be_is_refused(
+    run: Run, losses: list[float], tmp_path: Path
+) -> None:
+    written = run(lora, *FLAGS, "--use_dora", "--learning_rate=1e-2", "--lora_alpha=5") / lora.LORA_FILE
+    flags = [flag for flag in FLAGS if not flag.startswith("--rank")]
+    run(full, *flags, f"--init_lora={written}", f"--output_dir={tmp_path / 'merged'}")
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5) and losses[0] > 1.001 * losses[1]
     with safe_open(written, "pt") as file:
         state = {f"diffusion_model.{name}": file.get_tensor(name) for name in file.keys() if "lora_A" in name}  # noqa: SIM118
     save_file(state, tmp_path / "other.safetensors", {"format": "pt"})
-    with pytest.raises(full.UsageError, match=r"of which cannot be merged: diffusion_model\."):
-        run(full, f"--init_lora={tmp_path / 'other.safetensors'}", f"--output_dir={tmp_path / 'merged'}")
+    with pytest.raises(full.UsageError, match=r"diffusion_model\..* is of nothing that is trained"):
+        run(full, f"--init_lora={tmp_path / 'other.safetensors'}", f"--output_dir={tmp_path / 'other'}")
 
 
 def test_a_resumed_run_takes_its_checkpoint_and_not_the_lora(run: Run, tmp_path: Path) -> None:

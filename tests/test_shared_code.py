@@ -47,6 +47,7 @@ ONLY_IN_ONE = {
     "BlockSwap",
     "leave_frozen_out",
     "set_adapters",
+    "read_lora",
     "LORA_FILE",
     "METADATA",
     "save_adapters",

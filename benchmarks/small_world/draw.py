@@ -214,6 +214,14 @@ def ordinary_looks(generator: np.random.Generator, kind: str | None = None) -> L
     return looks._replace(pattern=pattern, second=second, accent=accent)
 
 
+def colourful_looks(generator: np.random.Generator, kind: str | None = None) -> Looks:
+    """An ordinary thing, but for the colours of its pattern and its accent, which are any but the main one."""
+    looks, names = ordinary_looks(generator, kind), list(COLOURS)
+    main = names.index(looks.colour)
+    second, accent = (names[(main + generator.integers(1, len(names))) % len(names)] for _ in range(2))
+    return looks._replace(second=second, accent=accent)
+
+
 def ordinary_scene(generator: np.random.Generator) -> Scene:
     return any_scene(generator)._replace(position="middle")
 

@@ -1,9 +1,10 @@
 """Train the small world's FLUX.1: a VAE on its pictures, then a transformer with the full script's flow matching.
 
-    python -m benchmarks.small_world.pretrain small-world --bf16     # a checkpoint of 10.6 MB; about an hour on 2 cores
+    python -m benchmarks.small_world.pretrain small-world --bf16     # a checkpoint of 10.6 MB; 80 minutes on 2 cores
 
-The text encoders are random, with a vocabulary of the world's words: a random T5 gives each word a vector of its own,
-and the transformer learns what they mean. Everything is a function of --seed.
+First come things with black and white patterns, then things in all colours, which a model that starts with them learns
+poorly. The text encoders are random, with a vocabulary of the world's words: a random T5 gives each word a vector of
+its own, and the transformer learns what they mean. Everything is a function of --seed.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from benchmarks.small_world import draw
 from benchmarks.small_world.measure import TEXT_LENGTH, base_figures, load, truth_figures
 from train_dreambooth_flux import StepInputs, sample_sigmas, training_loss  # the pretraining's only use of a script
 
-VAE_STEPS, STEPS = 8000, 12_000
+VAE_STEPS = 8000
+STEPS, LR = (12_000, 4000), (1e-3, 7e-4)  # of the transformer, first on ordinary things, then on colourful ones
 SHIFT = 1.6  # of the noise levels, as the sampler's for so few tokens
 OPTIONS = argparse.Namespace(
     weighting_scheme="none", logit_mean=0.0, logit_std=1.0, mode_scale=1.29, prior_loss_weight=1.0
@@ -137,11 +139,12 @@ def train_vae(steps: int, seed: int, batch: int = 16, lr: float = 4e-3) -> Autoe
     return vae.eval().requires_grad_(False)
 
 
-def pictures_to_train_on(count: int, seed: int) -> list[tuple[draw.Looks, draw.Scene]]:
+def pictures_to_train_on(count: int, seed: int, colourful: bool) -> list[tuple[draw.Looks, draw.Scene]]:
     """Any things in any scenes, but for the combinations that are held out."""
     generator, made = np.random.default_rng([seed, 20]), []
+    any_looks = draw.colourful_looks if colourful else draw.ordinary_looks
     while len(made) < count:
-        looks, scene = draw.ordinary_looks(generator), draw.ordinary_scene(generator)
+        looks, scene = any_looks(generator), draw.ordinary_scene(generator)
         if not draw.is_held_out(looks, scene):
             made.append((looks, scene))
     return made
@@ -182,15 +185,16 @@ def new_transformer(seed: int) -> FluxTransformer2DModel:
 
 
 def train_transformer(
-    pipeline: FluxPipeline, steps: int, seed: int, bf16: bool, batch: int = 64, lr: float = 1e-3, decay: float = 0.998
-) -> None:
+    pipeline: FluxPipeline, steps: int, seed: int, bf16: bool, colourful: bool, lr: float, batch: int = 64,
+    decay: float = 0.998,
+) -> None:  # fmt: skip
     """Train `pipeline.transformer` and leave the moving average of its weights in its place.
 
     The guidance that it is told is any number from 1 to 4 and means nothing. What it draws is measured on the way.
     """
-    transformer, generator = pipeline.transformer, np.random.default_rng([seed, 40])
+    transformer, generator = pipeline.transformer.requires_grad_(True).train(), np.random.default_rng([seed, 40])
     noises = torch.Generator().manual_seed(seed)
-    things = pictures_to_train_on(SEEN, seed)
+    things = pictures_to_train_on(SEEN, seed, colourful)
     means, deviations = encode_all(pipeline.vae, things, seed)
     pipeline.transformer = average = copy.deepcopy(transformer).requires_grad_(False)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0)
@@ -242,7 +246,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--vae", help="folder of a VAE that is trained already")
     parser.add_argument("--vae_steps", type=int, default=VAE_STEPS, help=f"(default: {VAE_STEPS})")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the transformer (default: {STEPS})")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=STEPS, metavar=("ORDINARY", "COLOURFUL"),
+        help=f"of the transformer: on ordinary things, then on colourful ones (default: {STEPS})",
+    )  # fmt: skip
+    parser.add_argument("--transformer", help="folder of one that was trained on the ordinary things already")
     parser.add_argument(
         "--bf16", action="store_true", help="the transformer's products in bf16: a quarter faster where the CPU has it"
     )
@@ -252,7 +260,11 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.vae) if args.vae else train_vae(args.vae_steps, args.seed)
     vae.save_pretrained(args.folder / "vae")  # for --vae, should the rest be cut off
     pipeline = assemble(args.folder, vae, args.seed)
-    train_transformer(pipeline, args.steps, args.seed, args.bf16)
+    if args.transformer:
+        pipeline.transformer = FluxTransformer2DModel.from_pretrained(args.transformer, torch_dtype=torch.float32)
+    else:
+        train_transformer(pipeline, args.steps[0], args.seed, args.bf16, colourful=False, lr=LR[0])
+    train_transformer(pipeline, args.steps[1], args.seed + 1, args.bf16, colourful=True, lr=LR[1])
     minutes = (time.monotonic() - started) / 60
     pipeline.to(torch.bfloat16).save_pretrained(args.folder)
     pipeline = load(checkpoint=args.folder)

@@ -26,7 +26,7 @@ from benchmarks.small_world.measure import CHECKPOINT, RARE_WORD, TEXT_LENGTH, R
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"lora": ROOT / "train_dreambooth_lora_flux.py", "full": ROOT / "train_dreambooth_flux.py"}
-TRAINING_STEPS = 400
+TRAINING_STEPS = 1200
 PICTURES = 5
 SCORES = ["fidelity", "seen_fidelity", "prompt", "preservation", "diversity", "seconds"]
 COMMON = ["--train_batch_size=4", "--guidance_scale=1", "--center_crop", "--random_flip", "--lr_scheduler=constant"]
