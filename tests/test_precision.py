@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
+import train_dreambooth_flux as full
 from conftest import SCRIPTS, Run, one_script
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -286,6 +287,14 @@ def test_the_training_is_gone_before_the_final_pictures_are_drawn(
     run(script, "--mixed_precision=bf16", "--train_text_encoder", "--validation_prompt=a dog", *flags)
     assert len(references) == 5
     assert found == [[]]
+
+
+@pytest.mark.parametrize("flags", [[], ["--fused_backward_pass"]])
+def test_a_checkpoint_gathers_each_model_once(flags: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    spy(monkeypatch, full, "save_weights", lambda accelerator, model, folder, *_: written.append(folder.name))
+    run(full, "--train_text_encoder", "--max_train_steps=1", "--checkpointing_steps=1", *flags)
+    assert [name for name in written if "checkpoint-1" in name] == [f".checkpoint-1{full.PARTIAL}"] * 2
 
 
 @pytest.fixture
