@@ -34,11 +34,11 @@ def test_the_base_draws_what_captions_ask_for() -> None:
 
 
 def test_lora_teaches_a_subject_and_keeps_the_rest(tmp_path: Path) -> None:
-    untrained = measure.score(0, *(table.read_base(0, seed) for seed in (0, 1000, 1001)))
-    assert untrained["seen_fidelity"] < 0.15 and untrained["preservation"] > 0.85, untrained
-    trained = table.run_row("LoRA", tmp_path, number=0, seed=0, steps=table.TRAINING_STEPS)
-    assert trained["seen_fidelity"] > 0.5 and trained["fidelity"] > 0.1, trained
-    assert trained["preservation"] > 0.7 and trained["prompt"] > 0.6, trained
+    untrained = measure.score(1, *(table.read_base(1, seed) for seed in (0, 1000, 1001)))
+    assert max(untrained["seen_fidelity"], untrained["fidelity"]) < 0.15 and untrained["preservation"] > 0.85, untrained
+    trained = table.run_row("LoRA", tmp_path, number=1, seed=0, steps=table.TRAINING_STEPS // 2)
+    assert trained["seen_fidelity"] > 0.4 and trained["fidelity"] > 0.4, trained
+    assert trained["preservation"] > 0.8 and trained["prompt"] > 0.7, trained
 
 
 def test_the_table_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

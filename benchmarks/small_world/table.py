@@ -26,7 +26,7 @@ from benchmarks.small_world.measure import CHECKPOINT, RARE_WORD, TEXT_LENGTH, R
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"lora": ROOT / "train_dreambooth_lora_flux.py", "full": ROOT / "train_dreambooth_flux.py"}
-TRAINING_STEPS = 1200
+TRAINING_STEPS = 800
 PICTURES = 5
 SCORES = ["fidelity", "seen_fidelity", "prompt", "preservation", "diversity", "seconds"]
 COMMON = ["--train_batch_size=4", "--guidance_scale=1", "--center_crop", "--random_flip", "--lr_scheduler=constant"]
@@ -42,6 +42,8 @@ ROWS: dict[str, tuple[str, list[str], int]] = {  # name: script, its flags, pict
     "LoRA": ("lora", [*LORA, *BASE, *CAPTIONS], PICTURES),
     "LoRA, no prior": ("lora", [*LORA, *CAPTIONS], PICTURES),
     "LoRA, class pictures": ("lora", [*LORA, *PRIOR, *CAPTIONS], PICTURES),
+    "LoRA, a prior of 0.3": ("lora", [*LORA, *BASE, *CAPTIONS, "--prior_loss_weight=0.3"], PICTURES),
+    "LoRA, 20 pictures, a prior of 0.3": ("lora", [*LORA, *BASE, *CAPTIONS, "--prior_loss_weight=0.3"], 20),
     "LoRA, no captions": ("lora", [*LORA, *BASE], PICTURES),
     "LoRA, masks": ("lora", [*LORA, *BASE, *CAPTIONS, "--mask_data_dir=MASKS"], PICTURES),
     "LoRA, 20 pictures": ("lora", [*LORA, *BASE, *CAPTIONS], 20),
