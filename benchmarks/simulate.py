@@ -54,6 +54,7 @@ from tools.memory_plan import rms_norm
 GIB = 1024**3
 PAGE = 2 * 2**20  # by which a segment of the allocator grows
 HALF = (torch.bfloat16, torch.float16)
+WHOLE = (torch.float32, torch.float64, torch.complex64)
 COMPONENTS = {FluxTransformer2DModel: "transformer", AutoencoderKL: "vae", CLIPTextModel: "text_encoder",
               T5EncoderModel: "text_encoder_2"}  # fmt: skip
 
@@ -333,7 +334,7 @@ class Device(TorchDispatchMode):
         self.busy = True
         self.counts.kernels += 1
         self.counts.operations["float32" if full else "half"] += operations
-        whole = any(leaf.dtype in (torch.float32, torch.float64) for leaf in [*inputs, *results])
+        whole = any(leaf.dtype in WHOLE for leaf in [*inputs, *results])
         self.counts.bytes["float32" if whole else "half"] += data
 
 

@@ -50,6 +50,7 @@ ROWS: dict[str, tuple[str, list[str], int]] = {  # name: script, its flags, pict
     "LoRA, the default layers": ("lora", [*LORA, *BASE, *CAPTIONS, "--lora_layers="], PICTURES),
     "LoRA, rank 4": ("lora", [*LORA, *BASE, *CAPTIONS, "--rank=4", "--lora_alpha=4"], PICTURES),
     "LoRA, Prodigy": ("lora", [*LORA, *BASE, *CAPTIONS, "--optimizer=prodigy", "--learning_rate=1"], PICTURES),
+    "LoRA, 20 pictures, logit-normal": ("lora", [*LORA, *BASE, *CAPTIONS, "--weighting_scheme=logit_normal"], 20),
     "LoRA, logit-normal": ("lora", [*LORA, *BASE, *CAPTIONS, "--weighting_scheme=logit_normal"], PICTURES),
     "LoRA, shift 2.5": ("lora", [*LORA, *BASE, *CAPTIONS, "--flow_shift=2.5"], PICTURES),
     "LoRA, average": ("lora", [*LORA, *BASE, *CAPTIONS, "--use_ema", "--ema_decay=0.98"], PICTURES),
