@@ -87,7 +87,7 @@ def dev_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any,
     """What would be written for `--size dev`: the models on the meta device and the precision, by folder."""
     models: dict[str, tuple[Any, torch.dtype]] = {}
 
-    def keep(model: Any, folder: Path, stem: str, dtype: torch.dtype, seed: int) -> None:
+    def keep(model: Any, folder: Path, stem: str, dtype: torch.dtype, seed: int, **_: Any) -> None:
         models[folder.name] = (model, dtype)
 
     with pytest.MonkeyPatch.context() as patch:
