@@ -28,8 +28,8 @@ demo: $(VENV)/installed
 		--pretrained_model_name_or_path=benchmarks/small_world/checkpoint --instance_data_dir=demo/pictures \
 		--caption_extension=.txt --class_prompt="a photo of a dog" --prior_from_base_model --output_dir=demo/trained-lora \
 		--resolution=64 --center_crop --random_flip --train_batch_size=4 --max_sequence_length=16 --guidance_scale=1 \
-		--rank=16 --lora_alpha=16 --learning_rate=1e-3 --weighting_scheme=logit_normal @benchmarks/small_world/layers.txt --max_train_steps=500 \
-		--checkpointing_steps=250 --validation_steps=100 --validation_epochs=1000 --num_validation_images=1 \
+		--rank=16 --lora_alpha=16 --learning_rate=1e-3 @benchmarks/small_world/layers.txt --weighting_scheme=logit_normal \
+		--max_train_steps=500 --checkpointing_steps=250 --validation_steps=100 --validation_epochs=1000 --num_validation_images=1 \
 		--validation_prompt="a photo of sks dog in a room" --validation_prompt="a photo of sks dog at sunset" \
 		--validation_prompt="a photo of sks dog on a street" --validation_prompt="a photo of sks dog at sea" \
 		--validation_prompt="a photo of a dog" --seed=3

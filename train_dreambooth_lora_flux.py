@@ -900,8 +900,8 @@ def sample_pictures(
     Numbers beyond the last are fillers, which only keep the processes of a sharded model in step.
     """
     images, count = args.num_validation_images, args.num_validation_images * len(embeds)
-    options = {"guidance_scale": args.validation_guidance_scale}
-    options |= {"num_inference_steps": args.validation_num_inference_steps}
+    guidance, steps = args.validation_guidance_scale, args.validation_num_inference_steps
+    options = {"guidance_scale": guidance, "num_inference_steps": steps}
     was_training = transformer.training  # then autocast takes float32; what was saved takes its own precision
     dtype = torch.float32 if was_training else transformer.dtype
     sampler, pictures = make_sampler(args, transformer.eval()), {}
@@ -2020,17 +2020,15 @@ def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 64  # a graph for each shape, for training, sampling and the base as prior
     torch._functorch.config.force_non_lazy_backward_lowering = True  # where the backward fails, the forward says so
 
-    trained = [any(weight.requires_grad for weight in block.parameters()) for block in blocks]
-
-    def alike(number: int, value: Any) -> Any:  # tokens (B, L, D): the first's need no gradient, later ones' have gaps
+    def alike(value: Any, trains: bool) -> Any:  # tokens (B, L, D): the first need no gradient, later ones have gaps
         if not (isinstance(value, Tensor) and value.ndim == 3):
             return value
-        needed = value.requires_grad or (torch.is_grad_enabled() and any(trained[: number + 1]))
-        return value.flatten().view_as(value).requires_grad_(needed)
+        return value.flatten().view_as(value).requires_grad_(value.requires_grad or trains)
 
-    def run_compiled(number: int, block: nn.Module, compiled: Callable, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(alike(number, value) for value in args)
-        kwargs = {name: alike(number, value) for name, value in kwargs.items()}
+    def run_compiled(block: nn.Module, compiled: Callable, trains: bool, *args: Any, **kwargs: Any) -> Any:
+        trains = trains and torch.is_grad_enabled()
+        args = tuple(alike(value, trains) for value in args)
+        kwargs = {name: alike(value, trains) for name, value in kwargs.items()}
         try:
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -2039,9 +2037,11 @@ def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
                 vars(other).pop("forward", None)
             return block.forward(*args, **kwargs)
 
-    for number, block in enumerate(blocks):
+    trains = False  # this block or one before it
+    for block in blocks:
+        trains = trains or any(weight.requires_grad for weight in block.parameters())
         compiled = torch.compile(block.forward, **plugin.to_kwargs())
-        block.forward = functools.partial(run_compiled, number, block, compiled)  # type: ignore[method-assign]
+        block.forward = functools.partial(run_compiled, block, compiled, trains)  # type: ignore[method-assign]
     plugin.backend = DynamoBackend.NO  # `prepare` would compile the whole
 
 
@@ -2178,9 +2178,8 @@ class BlockSwap:
             # A new parameter: changing the old one's data would change what autograd keeps of it as well.
             module._parameters[name] = nn.Parameter(copy, requires_grad=False)
         last, turning = len(self.host) - 1, number == self.position == len(self.host) - 1
-        if torch.is_grad_enabled() and (
-            turning or number == self.position - 1
-        ):  # backward; from block 0 on, the next forward pass
+        backward = torch.is_grad_enabled() and (turning or number == self.position - 1)
+        if backward:  # from block 0 on, the next forward pass
             self.start_copy(max(number - 1, 0))
         elif number < last:
             self.start_copy(number + 1)
@@ -2573,7 +2572,7 @@ def check_finite(run: Run, loss: float, norm: float) -> None:
 
 
 def check_model(args: Namespace) -> None:
-    """Stop unless `--pretrained_model_name_or_path` is a FLUX.1 pipeline, of which only the index is read."""
+    """Stop unless the base is a FLUX.1 pipeline, of which only the index is read, and its attention is installed."""
     name = args.pretrained_model_name_or_path
     if args.attention_backend:
         try:

@@ -177,6 +177,14 @@ def test_swapped_blocks_are_fetched_ahead_in_the_direction_of_travel() -> None:
     assert on_their_way[-2:] == [[0], [1]]
 
 
+def test_of_two_swapped_blocks_the_first_is_no_step_back_in_sampling() -> None:
+    swap = lora.BlockSwap([nn.Linear(2, 2).requires_grad_(False) for _ in range(2)], CPU)
+    with torch.no_grad():
+        for number, on_its_way in ((0, [1]), (1, [0]), (0, [1]), (1, [0])):
+            swap.load(number)
+            assert list(swap.copies) == on_its_way
+
+
 def test_swapped_blocks_wait_in_one_piece_of_host_memory() -> None:
     """What is pinned is rounded up to a power of two: a GiB for many weights, not two of 90 MiB each."""
     blocks: list[nn.Module] = [
@@ -464,7 +472,8 @@ def test_the_attention_backend_is_the_one_asked_for(
     torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr(script, "save_results", keep)
     run(script, "--attention_backend=_native_math")
-    assert backends == [{"_native_math"}]
+    assert backends == [{"_native_math"}] and not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr(script, "save_results", save_results)
     run(script, f"--output_dir={tmp_path / 'plain'}")
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # its backward pass is not to be trusted

@@ -1,6 +1,6 @@
 """Train the small world's FLUX.1: a VAE on its pictures, then a transformer with the full script's flow matching.
 
-    python -m benchmarks.small_world.pretrain small-world --bf16     # a checkpoint of 10.6 MB; 80 minutes on 2 cores
+    python -m benchmarks.small_world.pretrain small-world --bf16     # a checkpoint of 10.6 MB; 75 minutes on 2 cores
 
 First come things with black and white patterns, then things in all colours, which a model that starts with them learns
 poorly. The text encoders are random, with a vocabulary of the world's words: a random T5 gives each word a vector of
