@@ -2264,6 +2264,7 @@ def make_accelerator(args: Namespace) -> Accelerator:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()  # the stages are announced
+    logging.getLogger("diffusers.loaders.lora_pipeline").setLevel(logging.WARNING)  # if it cannot take all of a LoRA
     if args.report_to != "none" and not accelerator.log_with:
         raise UsageError(f"--report_to is {args.report_to!r}, which is not installed; install it, or give none")
     precision = accelerator.mixed_precision

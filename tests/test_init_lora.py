@@ -94,6 +94,23 @@ def test_dora_and_other_alphas_are_merged_and_what_cannot_be_is_refused(
         run(full, f"--init_lora={tmp_path / 'other.safetensors'}", f"--output_dir={tmp_path / 'other'}")
 
 
+@pytest.mark.parametrize("script", [lora, full])
+def test_magnitudes_that_diffusers_drops_are_not_dropped_in_silence(
+    run: Run, script: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DoRA in kohya's names: diffusers loads the rest."""
+    layer = "lora_unet_double_blocks_0_img_mlp_0"
+    with safe_open(run(lora, "--rank=2") / lora.LORA_FILE, "pt") as file:
+        name = "transformer.transformer_blocks.0.ff.net.0.proj.lora_"
+        down, up = (file.get_tensor(f"{name}{side}.weight") for side in "AB")
+    state = {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up, f"{layer}.alpha": torch.tensor(2.0)}
+    save_file(state | {f"{layer}.dora_scale": torch.ones(len(up), 1)}, tmp_path / "dora.safetensors", {"format": "pt"})
+    caplog.clear()
+    flags = ["--rank=2", "--lora_layers=transformer_blocks.0.ff.net.0.proj"] if script is lora else []
+    run(script, *flags, f"--init_lora={tmp_path / 'dora.safetensors'}", f"--output_dir={tmp_path / 'next'}")
+    assert "dora_scale" in caplog.text
+
+
 def test_a_resumed_run_takes_its_checkpoint_and_not_the_lora(run: Run, tmp_path: Path) -> None:
     written = run(lora, "--rank=2")
     flags = ["--rank=2", f"--init_lora={written}", "--checkpointing_steps=1", f"--output_dir={tmp_path / 'next'}"]
