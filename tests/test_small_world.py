@@ -64,4 +64,11 @@ def test_the_table_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
     assert json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[-1])["subject"] == 1
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| LoRA")]
-    assert len(rows) == 1 and "0.55 ± 0.05" in rows[0]
+    assert len(rows) == 1 and "0.55 ± 0.05" in rows[0] and rows[0].endswith("| +0.00 ± 0.00 | +0.00 ± 0.00 |")
+
+
+def test_a_row_is_compared_run_by_run() -> None:
+    first, second = ([dict.fromkeys(table.SCORES, value) for value in values] for values in ((0.2, 0.8), (0.3, 1.0)))
+    mean, gain = "0.65 ± 0.35", "+0.15 ± 0.05"  # the standard error of 0.1 and 0.2
+    assert table.row_of("x", second, first) == f"| x |{f' {mean} |' * 5} 1 ± 0 |{f' {gain} |' * 2}\n"
+    assert table.row_of("x", second).count("|") == table.header(1, 1, 1).splitlines()[2].count("|")

@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for both, at the end")
     args = parser.parse_args()
     print(header(args.subjects, args.seeds, args.steps), end="", flush=True)
+    runs: dict[str, list[dict[str, float]]] = {"ours": [], "other": []}
     for name, script in (("ours", args.ours), ("other", args.other)):
-        runs = []
         for number in range(args.subjects):
             for seed in range(args.seeds):
                 folder = args.folder.resolve() / name
@@ -46,8 +46,8 @@ def main() -> None:
                     *args.flags,
                 ]
                 seconds = train(script.resolve(), flags, folder)
-                runs.append(measure(folder / "trained", number, seed) | {"seconds": seconds})
-        print(row_of(f"{name} ({script.name})", runs), end="", flush=True)
+                runs[name].append(measure(folder / "trained", number, seed) | {"seconds": seconds})
+        print(row_of(f"{name} ({script.name})", runs[name], runs["ours"]), end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ there: started again, it goes on where it was stopped. All rows train for the sa
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,7 @@ SCRIPTS = {"lora": ROOT / "train_dreambooth_lora_flux.py", "full": ROOT / "train
 TRAINING_STEPS = 800
 PICTURES = 5
 SCORES = ["fidelity", "seen_fidelity", "prompt", "preservation", "diversity", "seconds"]
+PAIRED = ["fidelity", "preservation"]  # also compared with the first row's, run by run
 COMMON = ["--train_batch_size=4", "--guidance_scale=1", "--center_crop", "--random_flip", "--lr_scheduler=constant"]
 LAYERS = Path(__file__).with_name("layers.txt").read_text().splitlines()[1]  # a flag; the demo has it too
 LORA = [*COMMON, "--rank=16", "--lora_alpha=16", "--learning_rate=1e-3", LAYERS]
@@ -61,6 +63,7 @@ ROWS: dict[str, tuple[str, list[str], int]] = {  # name: script, its flags, pict
     "full, class pictures": ("full", [*FULL, *PRIOR, *CAPTIONS], PICTURES),
     "full, no prior": ("full", [*FULL, *CAPTIONS], PICTURES),
 }
+FIRST = next(iter(ROWS))
 
 
 def world_flags(folder: Path, number: int, count: int, steps: int, seed: int) -> list[str]:
@@ -114,19 +117,27 @@ def run_row(name: str, folder: Path, number: int, seed: int, steps: int) -> dict
     return measure(folder / "trained", number, seed) | {"seconds": round(seconds, 1)}
 
 
-def row_of(name: str, runs: list[dict[str, float]]) -> str:
-    """A line of the table: mean and standard deviation over the runs."""
+def row_of(name: str, runs: list[dict[str, float]], others: Sequence[dict[str, float]] = ()) -> str:
+    """A line of the table: mean and standard deviation over the runs, and by how much they exceed those of `others`.
+
+    That is of the same subjects and seeds: the mean of the paired differences, and its standard error.
+    """
     cells = []
     for column in SCORES:
         values = [run[column] for run in runs if column in run]
         digits = 0 if column == "seconds" else 2
         cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values else "")
+    for column in PAIRED:
+        gains = [run[column] - other[column] for run, other in zip(runs, others, strict=True)] if others else []
+        error = np.std(gains, ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.nan
+        cells.append(f"{np.mean(gains):+.2f} ± {error:.2f}" if gains else "")
     return f"| {name} | {' | '.join(cells)} |\n"
 
 
 def header(subjects: int, seeds: int, steps: int) -> str:
-    columns = " | ".join(name.replace("_", " ") for name in SCORES)
-    return f"{subjects} subjects x {seeds} seeds, {steps} steps\n\n| | {columns} |\n|---{'|---:' * len(SCORES)}|\n"
+    columns = [name.replace("_", " ") for name in SCORES] + [f"more {name}" for name in PAIRED]
+    lines = f"| | {' | '.join(columns)} |\n|---{'|---:' * len(columns)}|\n"
+    return f"{subjects} subjects x {seeds} seeds, {steps} steps\n\n{lines}"
 
 
 def make_rows(args: argparse.Namespace, names: list[str], run_one: Callable[..., dict[str, float]] = run_row) -> None:
@@ -137,18 +148,16 @@ def make_rows(args: argparse.Namespace, names: list[str], run_one: Callable[...,
     done = {(line["row"], line["subject"], line["seed"], line["steps"]): line["scores"] for line in lines}
     if not table.exists():
         table.write_text(header(args.subjects, args.seeds, args.steps))
+    trials = list(itertools.product(range(args.subjects), range(args.seeds), [args.steps]))
     for name in names:
-        runs = []
-        for number in range(args.subjects):
-            for seed in range(args.seeds):
-                key = (name, number, seed, args.steps)
-                if key not in done:
-                    done[key] = run_one(name, args.folder, number, seed, args.steps)
-                    line = dict(zip(("row", "subject", "seed", "steps", "scores"), (*key, done[key]), strict=True))
-                    with log.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                runs.append(done[key])
-        row = row_of(name, runs)
+        for trial in trials:
+            if (key := (name, *trial)) not in done:
+                done[key] = run_one(name, args.folder, *trial)
+                line = dict(zip(("row", "subject", "seed", "steps", "scores"), (*key, done[key]), strict=True))
+                with log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+        first = [done[FIRST, *trial] for trial in trials if (FIRST, *trial) in done]
+        row = row_of(name, [done[name, *trial] for trial in trials], first if len(first) == len(trials) else [])
         print(row, end="", flush=True)
         if row not in table.read_text():
             with table.open("a") as file:
