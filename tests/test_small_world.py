@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.small_world import draw, measure, read, table
+from benchmarks.small_world import compare, draw, measure, read, table
 
 
 def test_pictures_are_read_as_they_were_drawn() -> None:
@@ -65,6 +65,30 @@ def test_the_table_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[-1])["subject"] == 1
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| LoRA")]
     assert len(rows) == 1 and "0.55 ± 0.05" in rows[0] and rows[0].endswith("| +0.00 ± 0.00 | +0.00 ± 0.00 |")
+
+
+def test_two_scripts_get_the_same_command_which_both_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    calls: list[tuple[str, list[str]]] = []
+
+    def train(script: Path, flags: list[str], folder: Path) -> float:
+        [pictures] = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--instance_data_dir=")]
+        assert len(list(Path(pictures).iterdir())) == table.PICTURES and len(list(Path(pictures).glob("*.png")))
+        calls.append((script.name, [flag.replace(str(folder), "") for flag in flags]))
+        return 1.0
+
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "measure", lambda *_: dict.fromkeys(table.SCORES, len(calls) / 10))
+    arguments = ["compare", "theirs.py", f"--folder={tmp_path}", "--subjects=2", "--seeds=1", "--flags", "--rank=4"]
+    monkeypatch.setattr("sys.argv", arguments)
+    compare.main()
+    known = json.loads((Path(__file__).parent / "flags.json").read_text())["train_dreambooth_lora_flux.py"]
+    assert [name for name, _ in calls] == ["train_dreambooth_lora_flux.py"] * 2 + ["theirs.py"] * 2
+    assert calls[0][1] == calls[2][1] and calls[1][1] == calls[3][1]
+    assert {flag.split("=")[0] for _, flags in calls for flag in flags} <= {flag["flag"] for flag in known}
+    assert calls[0][1][-1] == "--rank=4"
+    assert "| other (theirs.py) | 0.35 ± 0.05" in capsys.readouterr().out
 
 
 def test_a_row_is_compared_run_by_run() -> None:

@@ -45,6 +45,8 @@ def main() -> None:
                     *PRIOR,
                     *args.flags,
                 ]
+                for caption in folder.glob("subject-*/*.txt"):  # others take every file there for a picture
+                    caption.unlink()
                 seconds = train(script.resolve(), flags, folder)
                 runs[name].append(measure(folder / "trained", number, seed) | {"seconds": seconds})
         print(row_of(f"{name} ({script.name})", runs[name], runs["ours"]), end="", flush=True)
