@@ -3,7 +3,8 @@
     python -m benchmarks.small_world.compare ../diffusers/examples/dreambooth/train_dreambooth_lora_flux.py
 
 The other script must know the flags of diffusers' DreamBooth scripts, and write a LoRA file or a whole pipeline in
-diffusers' format. Only such flags are given to either; what else a script does is its default.
+diffusers' format. Only such flags are given to either; what else a script does is its default. Both take the same
+class pictures, which this project's script draws in its first run: its seconds are then a little more.
 """
 
 import argparse
@@ -34,17 +35,13 @@ def main() -> None:
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for both, at the end")
     args = parser.parse_args()
     print(header(args.subjects, args.seeds, args.steps), end="", flush=True)
+    folder = args.folder.resolve()  # with the class pictures that the first script draws, of this world's size
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "other": []}
     for name, script in (("ours", args.ours), ("other", args.other)):
         for number in range(args.subjects):
             for seed in range(args.seeds):
-                folder = args.folder.resolve() / name
-                flags = [
-                    *world_flags(folder, number, PICTURES, args.steps, seed),
-                    *LORA,
-                    *PRIOR,
-                    *args.flags,
-                ]
+                flags = [*world_flags(folder, number, PICTURES, args.steps, seed), *LORA, *PRIOR, *args.flags]
+                flags.remove("--report_to=none")  # which not all know
                 for caption in folder.glob("subject-*/*.txt"):  # others take every file there for a picture
                     caption.unlink()
                 seconds = train(script.resolve(), flags, folder)
