@@ -1,13 +1,14 @@
 """The small world is read as it was drawn, and in it the LoRA script teaches a subject and keeps the rest."""
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.small_world import compare, draw, measure, read, table
+from benchmarks.small_world import compare, draw, measure, pretrain, read, table
 
 
 def test_pictures_are_read_as_they_were_drawn() -> None:
@@ -31,6 +32,26 @@ def test_a_subject_is_never_seen_in_the_places_of_the_measure() -> None:
 def test_the_base_draws_what_captions_ask_for() -> None:
     figures = measure.base_figures(measure.load(), count=50)
     assert figures["class, colour and place"] >= 0.8 and figures["clear"] >= 0.85, figures
+
+
+def test_the_checkpoint_is_made_by_one_command_which_repeats_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few steps of each stage; what the whole command reaches stands in benchmarks/results.md."""
+    monkeypatch.setattr(pretrain, "SEEN", 64)
+    monkeypatch.setattr("torch.compile", lambda model: model)
+    for name in ("base_figures", "truth_figures"):  # of fewer pictures
+        monkeypatch.setattr(pretrain, name, functools.partial(getattr(measure, name), count=3))
+    weights = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        monkeypatch.setattr("sys.argv", ["pretrain", str(folder), "--vae_steps=3", "--steps", "2", "2"])
+        pretrain.main()
+        weights.append(sorted((path.relative_to(folder), path.read_bytes()) for path in folder.rglob("*.safetensors")))
+        assert set(json.loads((folder / "figures.json").read_text())) >= {"held-out captions", "training"}
+    assert weights[0] == weights[1] and len(weights[0]) == 4
+    committed = {path.relative_to(measure.CHECKPOINT): path for path in measure.CHECKPOINT.rglob("*.safetensors")}
+    sizes = {name: len(content) for name, content in weights[0]}
+    assert sizes == {name: path.stat().st_size for name, path in committed.items()}
 
 
 def test_lora_teaches_a_subject_and_keeps_the_rest(tmp_path: Path) -> None:
