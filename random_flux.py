@@ -2,7 +2,7 @@
 # Copyright 2026 The FLUX DreamBooth authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Write a FLUX.1 checkpoint with random weights, and a few pictures to train on. Nothing is downloaded.
 
-    python random_flux.py tiny-flux --pictures tiny-flux-pictures        # a few MB, for tests and the demo
+    python random_flux.py tiny-flux --pictures tiny-flux-pictures        # a few MB, for tests
     python random_flux.py dev-flux --size dev                            # FLUX.1 [dev]'s shapes, 34 GB in bfloat16
     python random_flux.py tiny-schnell --no_guidance_embeds              # like FLUX.1 [schnell]
 

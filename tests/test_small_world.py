@@ -1,6 +1,7 @@
 """The small world is read as it was drawn, and in it the LoRA script teaches a subject and keeps the rest."""
 
 import argparse
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -63,29 +64,27 @@ def test_lora_teaches_a_subject_and_keeps_the_rest(tmp_path: Path) -> None:
 
 
 def test_the_table_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    def run_until(most: int) -> list[tuple[int, int]]:
-        calls: list[tuple[int, int]] = []
+    def run_until(most: int) -> list[tuple[str, int, int]]:
+        calls: list[tuple[str, int, int]] = []
 
         def run_one(name: str, folder: Path, number: int, seed: int, steps: int) -> dict[str, float]:
             if len(calls) == most:
                 raise KeyboardInterrupt
-            calls.append((number, seed))
-            return dict.fromkeys(table.SCORES, 0.5 + seed / 10)
+            calls.append((name, number, seed))
+            return dict.fromkeys(table.SCORES, 0.5 + seed / 10 + (0.1 if name == "b" else 0))
 
         args = argparse.Namespace(folder=tmp_path, subjects=2, seeds=2, steps=10)
-        if most < 4:
-            with pytest.raises(KeyboardInterrupt):
-                table.make_rows(args, ["LoRA"], run_one)
-        else:
-            table.make_rows(args, ["LoRA"], run_one)
+        with pytest.raises(KeyboardInterrupt) if most < 8 else contextlib.nullcontext():
+            table.make_rows(args, ["a", "b"], run_one)
         return calls
 
-    assert run_until(3) == [(0, 0), (0, 1), (1, 0)]
-    assert run_until(4) == [(1, 1)] and run_until(4) == []
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
-    assert json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[-1])["subject"] == 1
-    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| LoRA")]
-    assert len(rows) == 1 and "0.55 ± 0.05" in rows[0] and rows[0].endswith("| +0.00 ± 0.00 | +0.00 ± 0.00 |")
+    assert run_until(3) == [("a", 0, 0), ("b", 0, 0), ("a", 1, 0)]
+    assert run_until(3) == [("b", 1, 0), ("a", 0, 1), ("b", 0, 1)]
+    assert run_until(8) == [("a", 1, 1), ("b", 1, 1)] and run_until(8) == []
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 8
+    rows = (tmp_path / "table-10.md").read_text().splitlines()[2:]
+    assert [row[:23] for row in rows] == ["| a | 4 | 0.55 ± 0.06 |", "| b | 4 | 0.65 ± 0.06 |"]
+    assert rows[1].endswith("| +0.10 ± 0.00 | +0.10 ± 0.00 |")
 
 
 def test_two_scripts_get_the_same_command_which_both_know(
@@ -95,8 +94,8 @@ def test_two_scripts_get_the_same_command_which_both_know(
 
     def train(script: Path, flags: list[str], folder: Path) -> float:
         [pictures] = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--instance_data_dir=")]
-        assert len(list(Path(pictures).iterdir())) == table.PICTURES and len(list(Path(pictures).glob("*.png")))
-        calls.append((script.name, [flag.replace(str(folder), "") for flag in flags]))
+        assert len(list(Path(pictures).iterdir())) == len(list(Path(pictures).glob("*.png"))) == table.PICTURES
+        calls.append((script.name, flags))
         return 1.0
 
     monkeypatch.setattr(compare, "train", train)
@@ -105,15 +104,48 @@ def test_two_scripts_get_the_same_command_which_both_know(
     monkeypatch.setattr("sys.argv", arguments)
     compare.main()
     known = json.loads((Path(__file__).parent / "flags.json").read_text())["train_dreambooth_lora_flux.py"]
-    assert [name for name, _ in calls] == ["train_dreambooth_lora_flux.py"] * 2 + ["theirs.py"] * 2
-    assert calls[0][1] == calls[2][1] and calls[1][1] == calls[3][1]
+    assert [name for name, _ in calls] == ["train_dreambooth_lora_flux.py", "theirs.py"] * 2
+    assert calls[0][1] == calls[1][1] != calls[2][1] == calls[3][1]
     assert {flag.split("=")[0] for _, flags in calls for flag in flags} <= {flag["flag"] for flag in known}
     assert calls[0][1][-1] == "--rank=4"
-    assert "| other (theirs.py) | 0.35 ± 0.05" in capsys.readouterr().out
+    assert "| other | 2 | 0.30 ± 0.14 |" in capsys.readouterr().out
 
 
 def test_a_row_is_compared_run_by_run() -> None:
-    first, second = ([dict.fromkeys(table.SCORES, value) for value in values] for values in ((0.2, 0.8), (0.3, 1.0)))
-    mean, gain = "0.65 ± 0.35", "+0.15 ± 0.05"  # the standard error of 0.1 and 0.2
-    assert table.row_of("x", second, first) == f"| x |{f' {mean} |' * 5} 1 ± 0 |{f' {gain} |' * 2}\n"
-    assert table.row_of("x", second).count("|") == table.header(1, 1, 1).splitlines()[2].count("|")
+    """By subject: the two seeds of subject 0 are one difference of 0.2, subject 1's is 0.4."""
+    first = {key: dict.fromkeys(table.SCORES, 0.2) for key in ((0, 0), (0, 1), (1, 0), (2, 0))}
+    second = {key: dict.fromkeys(table.SCORES, value) for key, value in (((0, 0), 0.3), ((0, 1), 0.5), ((1, 0), 0.6))}
+    cells = [cell.strip() for cell in table.row_of("x", second, first).split("|")[2:-1]]
+    assert cells == ["3", *["0.47 ± 0.15"] * 5, "0 ± 0", *["+0.30 ± 0.10"] * 2]
+    assert table.row_of("x", second, {}).count("|") == table.header().splitlines()[0].count("|")
+
+
+def test_a_mirrored_picture_is_read_too() -> None:
+    """`--random_flip` teaches mirrored places."""
+    looks, generator = draw.subject_looks(0), np.random.default_rng(8)
+    for scene in (draw.any_scene(generator)._replace(place=place) for place in draw.PLACES):
+        mirrored = read.read(np.ascontiguousarray(draw.draw(looks, scene, generator)[:, ::-1]))
+        assert mirrored.is_clear and mirrored.scene.place == scene.place and mirrored.scene.facing != scene.facing
+
+
+def true_readings(number: int, scenes: list[draw.Scene]) -> list[read.Reading]:
+    return [read.Reading(draw.subject_looks(number), scene, 0.0) for scene in scenes]
+
+
+def test_the_subject_in_another_place_than_asked_for_is_not_right() -> None:
+    scenes = draw.subject_scenes(0, 24)
+    asked = [
+        scene._replace(place=place) for scene, place in zip(scenes, measure.asked_places(0)["unseen"], strict=True)
+    ]
+    assert measure.fidelity(0, "unseen", true_readings(0, asked)) == 1.0
+    assert measure.fidelity(0, "unseen", true_readings(0, scenes)) == 0.0
+    posed = [draw.Scene(*pose, position="middle") for pose in measure.asked_poses(0)]
+    assert measure.prompt_score(0, true_readings(0, posed)) == 1.0
+    assert measure.prompt_score(0, true_readings(0, posed[::-1])) < 0.6
+
+
+def test_blurred_pictures_are_not_diverse() -> None:
+    scenes = [draw.any_scene(np.random.default_rng(seed)) for seed in range(32)]
+    diverse = true_readings(0, scenes)
+    blurred = [reading._replace(error=1.0) if index < 16 else reading for index, reading in enumerate(diverse)]
+    assert measure.entropy(blurred) < 0.6 * measure.entropy(diverse) and measure.entropy(diverse[:1] * 32) == 0

@@ -4,7 +4,8 @@
 
 The other script must know the flags of diffusers' DreamBooth scripts, and write a LoRA file or a whole pipeline in
 diffusers' format. Only such flags are given to either; what else a script does is its default. Both take the same
-class pictures, which this project's script draws in its first run: its seconds are then a little more.
+class pictures, which this project's script draws in its first run: its seconds are then a little more. The two take
+turns, and what has run is not run again.
 """
 
 import argparse
@@ -16,9 +17,8 @@ from benchmarks.small_world.table import (
     PRIOR,
     SCRIPTS,
     TRAINING_STEPS,
-    header,
+    make_rows,
     measure,
-    row_of,
     train,
     world_flags,
 )
@@ -34,19 +34,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=TRAINING_STEPS, help=f"(default: {TRAINING_STEPS})")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for both, at the end")
     args = parser.parse_args()
-    print(header(args.subjects, args.seeds, args.steps), end="", flush=True)
-    folder = args.folder.resolve()  # with the class pictures that the first script draws, of this world's size
-    runs: dict[str, list[dict[str, float]]] = {"ours": [], "other": []}
-    for name, script in (("ours", args.ours), ("other", args.other)):
-        for number in range(args.subjects):
-            for seed in range(args.seeds):
-                flags = [*world_flags(folder, number, PICTURES, args.steps, seed), *LORA, *PRIOR, *args.flags]
-                flags.remove("--report_to=none")  # which not all know
-                for caption in folder.glob("subject-*/*.txt"):  # others take every file there for a picture
-                    caption.unlink()
-                seconds = train(script.resolve(), flags, folder)
-                runs[name].append(measure(folder / "trained", number, seed) | {"seconds": seconds})
-        print(row_of(f"{name} ({script.name})", runs[name], runs["ours"]), end="", flush=True)
+
+    def run_one(name: str, folder: Path, number: int, seed: int, steps: int) -> dict[str, float]:
+        folder = folder.resolve()
+        flags = [*world_flags(folder, number, PICTURES, steps, seed), *LORA, *PRIOR, *args.flags]
+        flags.remove("--report_to=none")  # which not all know
+        for caption in folder.glob("subject-*/*.txt"):  # others take every file there for a picture
+            caption.unlink()
+        seconds = train((args.ours if name == "ours" else args.other).resolve(), flags, folder)
+        return measure(folder / "trained", number, seed) | {"seconds": seconds}
+
+    make_rows(args, ["ours", "other"], run_one)
 
 
 if __name__ == "__main__":

@@ -137,8 +137,8 @@ def layout(kind: str, pattern: str, size: str, facing: str, position: str) -> np
         else:
             getattr(pen, shape)((min(xs), min(ys), max(xs) - 1, max(ys) - 1), fill=region)
     labels = np.array(canvas)
-    places = (np.arange(SIDE * FINE) + 0.5) / FINE
-    x, y = sign * (places[None] - centre_x) / half, (places[:, None] - centre_y) / half
+    coordinates = (np.arange(SIDE * FINE) + 0.5) / FINE
+    x, y = sign * (coordinates[None] - centre_x) / half, (coordinates[:, None] - centre_y) / half
     labels[(labels == BODY) & in_pattern(pattern, x, y)] = PATTERN
     shares = [(labels == region).reshape(SIDE, FINE, SIDE, FINE).mean(axis=(1, 3)) for region in REGIONS]
     return np.stack(shares).astype(np.float32)

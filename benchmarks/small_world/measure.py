@@ -3,12 +3,21 @@
     python -m benchmarks.small_world.measure --subject 0                    # the base: fidelity 0, preservation 1
     python -m benchmarks.small_world.measure trained-lora --subject 0       # what a training made of it
 
-Every number comes from pictures that the model draws and `read` reads; `explain()` says what each means.
+Every number comes from pictures that the model draws and `read` reads:
+
+    fidelity       looks and place of "a photo of sks dog in snow", in places that were not in the training: the share
+                   of the looks that are right, of a picture in that place; 0 is the base, 1 a true picture
+    seen_fidelity  the same in the places of the training
+    prompt         share of place, size and direction that are as asked, for the subject in places not in the training
+    preservation   how much the pictures of "a photo of a dog", of dogs in all places, and of each other class are
+                   spread as the base's; 1 is the base, 0 is the subject in every picture
+    diversity      spread of place, size, direction and position of "a photo of sks dog"; 1 is the base's, or more
 """
 
 import argparse
 import json
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +34,6 @@ STEPS = 12  # of the sampler
 Readings = dict[str, list[Reading]]
 
 
-def explain() -> dict[str, str]:
-    """What each score means."""
-    return {
-        "fidelity": "looks of 'a photo of sks dog in snow', in places that were not in the training; 0 is the base, "
-        "1 a true picture",
-        "seen_fidelity": "the same in the places of the training",
-        "prompt": "share of place, size and direction that are as asked, for the subject in places not in the training",
-        "preservation": "how much the pictures of 'a photo of a dog', and of the other classes, are spread as the "
-        "base's; 1 is the base, 0 is the subject in every picture",
-        "diversity": "spread of place, size, direction and position of 'a photo of sks dog'; 1 is the base's",
-    }
-
-
 def load(trained: str | Path | None = None, checkpoint: str | Path = CHECKPOINT) -> FluxPipeline:
     """The base, or what a script saved into the folder `trained`: a LoRA of `checkpoint` or a whole pipeline."""
     if trained and (Path(trained) / "model_index.json").exists():
@@ -50,39 +46,51 @@ def load(trained: str | Path | None = None, checkpoint: str | Path = CHECKPOINT)
 
 @torch.no_grad()
 def generate(pipeline: FluxPipeline, prompts: list[str], seed: int, steps: int = STEPS) -> list[np.ndarray]:
-    """A picture for each prompt, (SIDE, SIDE, 3), uint8; its noise is a function of `seed` and its place."""
+    """A picture for each prompt, (SIDE, SIDE, 3), uint8; its noise is a function of `seed` and its index."""
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[np.ndarray] = []
     for start in range(0, len(prompts), 64):
         part = prompts[start : start + 64]
-        places = range(start, start + len(part))
+        indices = range(start, start + len(part))
         drawn = pipeline(
             part,
             height=draw.SIDE,
             width=draw.SIDE,
             num_inference_steps=steps,
             max_sequence_length=TEXT_LENGTH,
-            generator=[torch.Generator().manual_seed(seed * 100_000 + place) for place in places],
+            generator=[torch.Generator().manual_seed(seed * 100_000 + index) for index in indices],
             output_type="np",
         ).images
         pictures += list((drawn * 255).round().astype(np.uint8))
     return pictures
 
 
+def asked_places(number: int) -> dict[str, list[str]]:
+    """The places in which subject `number` is asked for."""
+    seen, unseen = draw.subject_places(number)
+    return {"unseen": unseen * 8, "seen": seen * 3}
+
+
+def asked_poses(number: int) -> list[tuple[str, str, str]]:
+    """Place, size and direction in which subject `number` is asked for, in places that the training never showed."""
+    return list(product(draw.subject_places(number)[1], draw.SIZES, draw.FACINGS)) * 2
+
+
 def prompts_of(number: int) -> dict[str, list[str]]:
     """What the model is asked to draw, to measure it on subject `number`."""
-    kind, (seen, unseen) = draw.subject_looks(number).kind, draw.subject_places(number)
-    asked = [f"a photo of {RARE_WORD} {kind} {draw.PLACES[place]}" for place in [*unseen * 8, *seen * 3]]
-    posed = [
-        f"a photo of {RARE_WORD} {size} {kind} facing {facing} {draw.PLACES[place]}"
-        for size in draw.SIZES for facing in draw.FACINGS for place in unseen
-    ]  # fmt: skip
-    others = [f"a photo of a {other}" for other in draw.CLASSES if other != kind]
-    return {
-        "unseen": asked[:24], "seen": asked[24:], "posed": posed * 2,
-        "subject": [f"a photo of {RARE_WORD} {kind}"] * 32,
-        "class": [f"a photo of a {kind}"] * 60, "others": others * 12,
-    }  # fmt: skip
+    kind, places = draw.subject_looks(number).kind, draw.PLACES
+    prompts = {
+        part: [f"a photo of {RARE_WORD} {kind} {places[place]}" for place in asked]
+        for part, asked in asked_places(number).items()
+    }
+    prompts["posed"] = [
+        f"a photo of {RARE_WORD} {size} {kind} facing {facing} {places[place]}"
+        for place, size, facing in asked_poses(number)
+    ]
+    prompts["subject"] = [f"a photo of {RARE_WORD} {kind}"] * 32
+    prompts["class"] = [f"a photo of a {kind}"] * 32
+    prompts["class in places"] = [f"a photo of a {kind} {words}" for words in places.values()] * 4
+    return prompts | {other: [f"a photo of a {other}"] * 12 for other in draw.CLASSES if other != kind}
 
 
 def read_model(pipeline: FluxPipeline, number: int, seed: int) -> Readings:
@@ -107,18 +115,23 @@ def overlap(these: list[Reading], those: list[Reading]) -> float:
 
 
 def entropy(readings: list[Reading]) -> float:
-    """The mean entropy, in nats, of place, size, direction and position."""
-    shares = [np.array(list(counter.values())) / len(readings) for counter in counts(readings)[5:]]
-    return float(np.mean([-(share * np.log(share)).sum() for share in shares]))
+    """The mean entropy, in nats, of place, size, direction and position of clear pictures, times their share."""
+    clear = [reading for reading in readings if reading.is_clear]
+    shares = [np.array(list(counter.values())) / len(clear) for counter in counts(clear)[5:]]
+    return len(clear) / len(readings) * float(np.sum([-(share * np.log(share)).sum() for share in shares])) / 4
+
+
+def fidelity(number: int, part: str, readings: list[Reading]) -> float:
+    """Of the pictures of "unseen" or "seen": the share of the looks that are right, 0 for one of another place."""
+    looks, places = draw.subject_looks(number), asked_places(number)[part]
+    pairs = zip(readings, places, strict=True)
+    return float(np.mean([looks_right(reading, looks) * (reading.scene.place == place) for reading, place in pairs]))
 
 
 def prompt_score(number: int, readings: list[Reading]) -> float:
     """Of the pictures of "posed": the share of place, size and direction that are as asked."""
-    unseen, right = draw.subject_places(number)[1], []
-    wanted = [(place, size, facing) for size in draw.SIZES for facing in draw.FACINGS for place in unseen] * 2
-    for reading, scene in zip(readings, wanted, strict=True):
-        right += [reading.is_clear and mine == asked for mine, asked in zip(reading.scene[:3], scene, strict=True)]
-    return float(np.mean(right))
+    pairs = zip(readings, asked_poses(number), strict=True)
+    return float(np.mean([reading.is_clear * np.equal(reading.scene[:3], asked) for reading, asked in pairs]))
 
 
 def score(number: int, model: Readings, base: Readings, base_again: Readings) -> dict[str, float]:
@@ -127,14 +140,15 @@ def score(number: int, model: Readings, base: Readings, base_again: Readings) ->
     subject = [Reading(looks, scene, 0.0) for scene in draw.subject_scenes(number, 60)]
     result = {}
     for name, part in (("fidelity", "unseen"), ("seen_fidelity", "seen")):
-        mine, zero = (np.mean([looks_right(reading, looks) for reading in of[part]]) for of in (model, base))
+        mine, zero = (fidelity(number, part, of[part]) for of in (model, base))
         result[name] = (mine - zero) / (1 - zero)
     result["prompt"] = prompt_score(number, model["posed"])
-    kept = []
-    for part in ("class", "others"):
+    kept = {}
+    for part in ("class", "class in places", *(kind for kind in draw.CLASSES if kind in model)):
         mine, one, zero = (overlap(those, base[part]) for those in (model[part], base_again[part], subject))
-        kept.append((mine - zero) / (one - zero))
-    result["preservation"] = float(np.mean(kept))
+        kept[part] = (mine - zero) / (one - zero)
+    others = np.mean([value for part, value in kept.items() if part in draw.CLASSES])
+    result["preservation"] = float(np.mean([kept["class"], kept["class in places"], others]))
     result["diversity"] = entropy(model["subject"]) / entropy(base["subject"])
     return {name: round(float(np.clip(value, 0, 1)), 3) for name, value in result.items()}
 
@@ -174,8 +188,7 @@ def truth_figures(pipeline: FluxPipeline, count: int = 100) -> dict[str, float]:
         pixels = torch.from_numpy(draw.draw(looks, scene, generator)).permute(2, 0, 1)[None].float() / 127.5 - 1
         back = (vae.decode(vae.encode(pixels).latent_dist.mean).sample[0] / 2 + 0.5).clamp(0, 1)
         reading = read((back.permute(1, 2, 0) * 255).round().byte().numpy())
-        right = looks_right(reading, looks) if looks.pattern != "plain" else reading.looks.pattern == "plain"
-        rows.append([reading.scene == scene, right, reading.error])
+        rows.append([reading.scene == scene, looks_right(reading, looks), reading.error])
     return {
         name: round(float(value), 3)
         for name, value in zip(["scene", "looks", "error"], np.mean(rows, axis=0), strict=True)

@@ -60,8 +60,8 @@ def clip_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(random_flux.ByteLevel.alphabet())
     merges: dict[tuple[str, str], None] = {}
     for word in world_words():
-        for place in range(len(word) - 2, -1, -1):
-            merges[word[place], word[place + 1 :] + "</w>"] = None
+        for index in range(len(word) - 2, -1, -1):
+            merges[word[index], word[index + 1 :] + "</w>"] = None
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *(left + right for left, right in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -190,7 +190,7 @@ def train_transformer(
 ) -> None:  # fmt: skip
     """Train `pipeline.transformer` and leave the moving average of its weights in its place.
 
-    The guidance that it is told is any number from 1 to 4 and means nothing. What it draws is measured on the way.
+    Its guidance input is a random number from 1 to 4, so that it learns to ignore it. It is measured on the way.
     """
     transformer, generator = pipeline.transformer.requires_grad_(True).train(), np.random.default_rng([seed, 40])
     noises = torch.Generator().manual_seed(seed)
@@ -250,7 +250,7 @@ def main() -> None:
         "--steps", type=int, nargs=2, default=STEPS, metavar=("ORDINARY", "COLOURFUL"),
         help=f"of the transformer: on ordinary things, then on colourful ones (default: {STEPS})",
     )  # fmt: skip
-    parser.add_argument("--transformer", help="folder of one that was trained on the ordinary things already")
+    parser.add_argument("--transformer", help="folder of one that was trained on the ordinary things")
     parser.add_argument(
         "--bf16", action="store_true", help="the transformer's products in bf16: a quarter faster where the CPU has it"
     )
@@ -264,6 +264,7 @@ def main() -> None:
         pipeline.transformer = FluxTransformer2DModel.from_pretrained(args.transformer, torch_dtype=torch.float32)
     else:
         train_transformer(pipeline, args.steps[0], args.seed, args.bf16, colourful=False, lr=LR[0])
+        pipeline.transformer.save_pretrained(args.folder / "transformer")  # for --transformer
     train_transformer(pipeline, args.steps[1], args.seed + 1, args.bf16, colourful=True, lr=LR[1])
     minutes = (time.monotonic() - started) / 60
     pipeline.to(torch.bfloat16).save_pretrained(args.folder)

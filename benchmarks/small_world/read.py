@@ -1,8 +1,8 @@
 """What is in a picture of the small world: the scene and the looks that explain its pixels best.
 
-Nothing is learned here: every layout that `draw` knows is tried with every colour and place, and the one with the
-least squared error is the answer. Regions of a layout do not overlap, so each picks its colour on its own, and the
-360 layouts are a few matrix products.
+Nothing is learned here: every layout that `draw` knows is tried with every colour and place, mirrored or not, and the
+one with the least squared error is the answer. Regions of a layout do not overlap, so each picks its colour on its
+own, and the 360 layouts are a few matrix products.
 
     python -m benchmarks.small_world.read       # its accuracy on true pictures, and on those with noise
 """
@@ -49,38 +49,39 @@ def colour_errors(pixels: np.ndarray, region: int, colours: np.ndarray) -> np.nd
 def read(picture: np.ndarray) -> Reading:
     """Read a picture, (SIDE, SIDE, 3), uint8."""
     pixels = picture.reshape(-1, 3).astype(np.float32) / 255
-    behind = np.stack([draw.backdrop(place).reshape(-1, 3) / 255 for place in draw.PLACES])
+    plain = [draw.backdrop(place) / 255 for place in draw.PLACES]
+    behind = np.stack([one.reshape(-1, 3) for one in (*plain, *(one[:, ::-1] for one in plain))])  # mirrored too
     palette = np.float32(list(draw.COLOURS.values())) / 255
-    place = regions()[draw.BACKGROUND] @ ((pixels - behind) ** 2).sum(axis=2).T
+    place_errors = regions()[draw.BACKGROUND] @ ((pixels - behind) ** 2).sum(axis=2).T
     detail = colour_errors(pixels, draw.DETAIL, np.float32([draw.DARK]) / 255)[:, 0]
     body, pattern, accent = (
         colour_errors(pixels, region, palette) for region in (draw.BODY, draw.PATTERN, draw.ACCENT)
     )
     same = np.eye(len(palette), dtype=np.float32) * 1e9  # neither a pattern nor an accent has the body's colour
-    plain = np.array([layout[1] == "plain" for layout in LAYOUTS])
-    second = pattern[:, None, :] + same * ~plain[:, None, None]
+    patterned = np.array([layout[1] != "plain" for layout in LAYOUTS])
+    second = pattern[:, None, :] + same * patterned[:, None, None]
     third = accent[:, None, :] + same
     painted = body + second.min(axis=2) + third.min(axis=2)
-    errors = detail + place.min(axis=1) + painted.min(axis=1)
+    errors = detail + place_errors.min(axis=1) + painted.min(axis=1)
     best = int(errors.argmin())
     main = int(painted[best].argmin())
     names, (kind, pattern_name, *where) = list(draw.COLOURS), LAYOUTS[best]
     looks = draw.Looks(
         kind, names[main], pattern_name, names[second[best, main].argmin()], names[third[best, main].argmin()]
     )
-    scene = draw.Scene(list(draw.PLACES)[place[best].argmin()], *where)
+    scene = draw.Scene(list(draw.PLACES)[place_errors[best].argmin() % len(plain)], *where)
     return Reading(looks, scene, float(max(errors[best], 0) / pixels.size) ** 0.5)
 
 
 def looks_right(reading: Reading, looks: draw.Looks) -> float:
     """The share, 0 to 1, of the colour, the pattern, its colour and the accent that are right; 0 for another class.
 
-    A pattern that is missing or hardly there has no colour. A blurred picture has nothing right.
+    A plain thing's second colour is right, a pattern's that is missing is not. A blurred picture has nothing right.
     """
-    found = reading.looks
+    found, plain = reading.looks, looks.pattern == "plain"
     if not reading.is_clear or found.kind != looks.kind:
         return 0.0
-    second = found.second == looks.second and (found.pattern == "plain") == (looks.pattern == "plain")
+    second = (found.pattern == "plain") == plain and (plain or found.second == looks.second)
     right = [found.colour == looks.colour, found.pattern == looks.pattern, second, found.accent == looks.accent]
     return sum(right) / len(right)
 
@@ -93,7 +94,7 @@ def accuracy(noise: float, count: int = 200) -> tuple[float, float]:
         picture = draw.draw(thing, scene, generator) + generator.normal(0, noise, (draw.SIDE, draw.SIDE, 3))
         reading = read(picture.clip(0, 255).astype(np.uint8))
         scenes += reading.scene == scene
-        looks += looks_right(reading, thing) if thing.pattern != "plain" else float(reading.looks.pattern == "plain")
+        looks += looks_right(reading, thing)
     return scenes / count, looks / count
 
 

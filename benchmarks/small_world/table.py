@@ -1,11 +1,11 @@
 """How well does it teach? One row a way of training: several subjects and seeds, mean and spread of every score.
 
     python -m benchmarks.small_world.table teaching                         # all rows: hours on 2 cores
-    python -m benchmarks.small_world.table teaching --rows 'LoRA' 'full'    # only these
+    python -m benchmarks.small_world.table teaching --rows LoRA 'LoRA, masks'
     python -m benchmarks.small_world.table --list                           # the rows and their flags
 
-Every run is appended to teaching/runs.jsonl as it ends, and every row to teaching/table.md once all its runs are
-there: started again, it goes on where it was stopped. All rows train for the same number of steps.
+Every run is appended to teaching/runs.jsonl as it ends: started again, it goes on where it was stopped. All rows train
+for the same number of steps, of four pictures each.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -27,11 +27,15 @@ from benchmarks.small_world.measure import CHECKPOINT, RARE_WORD, TEXT_LENGTH, R
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"lora": ROOT / "train_dreambooth_lora_flux.py", "full": ROOT / "train_dreambooth_flux.py"}
-TRAINING_STEPS = 800
+TRAINING_STEPS = 500
 PICTURES = 5
+Runs = dict[tuple[int, int], dict[str, float]]  # by subject and seed
 SCORES = ["fidelity", "seen_fidelity", "prompt", "preservation", "diversity", "seconds"]
 PAIRED = ["fidelity", "preservation"]  # also compared with the first row's, run by run
-COMMON = ["--train_batch_size=4", "--guidance_scale=1", "--center_crop", "--random_flip", "--lr_scheduler=constant"]
+COMMON = [
+    "--train_batch_size=4", "--repeats=4",  # five pictures alone would make every other step one of a single picture
+    "--guidance_scale=1", "--center_crop", "--random_flip", "--lr_scheduler=constant",
+]  # fmt: skip
 LAYERS = Path(__file__).with_name("layers.txt").read_text().splitlines()[1]  # a flag; the demo has it too
 LORA = [*COMMON, "--rank=16", "--lora_alpha=16", "--learning_rate=1e-3", LAYERS]
 FULL = [*COMMON, "--learning_rate=3e-4"]
@@ -45,7 +49,6 @@ ROWS: dict[str, tuple[str, list[str], int]] = {  # name: script, its flags, pict
     "LoRA, no prior": ("lora", [*LORA, *CAPTIONS], PICTURES),
     "LoRA, class pictures": ("lora", [*LORA, *PRIOR, *CAPTIONS], PICTURES),
     "LoRA, a prior of 0.3": ("lora", [*LORA, *BASE, *CAPTIONS, "--prior_loss_weight=0.3"], PICTURES),
-    "LoRA, 20 pictures, a prior of 0.3": ("lora", [*LORA, *BASE, *CAPTIONS, "--prior_loss_weight=0.3"], 20),
     "LoRA, no captions": ("lora", [*LORA, *BASE], PICTURES),
     "LoRA, masks": ("lora", [*LORA, *BASE, *CAPTIONS, "--mask_data_dir=MASKS"], PICTURES),
     "LoRA, 20 pictures": ("lora", [*LORA, *BASE, *CAPTIONS], 20),
@@ -55,7 +58,7 @@ ROWS: dict[str, tuple[str, list[str], int]] = {  # name: script, its flags, pict
     "LoRA, 20 pictures, logit-normal": ("lora", [*LORA, *BASE, *CAPTIONS, "--weighting_scheme=logit_normal"], 20),
     "LoRA, logit-normal": ("lora", [*LORA, *BASE, *CAPTIONS, "--weighting_scheme=logit_normal"], PICTURES),
     "LoRA, shift 2.5": ("lora", [*LORA, *BASE, *CAPTIONS, "--flow_shift=2.5"], PICTURES),
-    "LoRA, average": ("lora", [*LORA, *BASE, *CAPTIONS, "--use_ema", "--ema_decay=0.98"], PICTURES),
+    "LoRA, average 0.98": ("lora", [*LORA, *BASE, *CAPTIONS, "--use_ema", "--ema_decay=0.98"], PICTURES),
     "LoRA, CLIP too": ("lora", [*LORA, *BASE, *CAPTIONS, "--train_text_encoder", "--text_encoder_lr=1e-3"], PICTURES),
     "LoRA, bf16": ("lora", [*LORA, *BASE, *CAPTIONS, "--mixed_precision=bf16"], PICTURES),
     "LoRA, int8 base": ("lora", [*LORA, *BASE, *CAPTIONS, "--base_quantization=int8"], PICTURES),
@@ -63,7 +66,6 @@ ROWS: dict[str, tuple[str, list[str], int]] = {  # name: script, its flags, pict
     "full, class pictures": ("full", [*FULL, *PRIOR, *CAPTIONS], PICTURES),
     "full, no prior": ("full", [*FULL, *CAPTIONS], PICTURES),
 }
-FIRST = next(iter(ROWS))
 
 
 def world_flags(folder: Path, number: int, count: int, steps: int, seed: int) -> list[str]:
@@ -117,51 +119,49 @@ def run_row(name: str, folder: Path, number: int, seed: int, steps: int) -> dict
     return measure(folder / "trained", number, seed) | {"seconds": round(seconds, 1)}
 
 
-def row_of(name: str, runs: list[dict[str, float]], others: Sequence[dict[str, float]] = ()) -> str:
-    """A line of the table: mean and standard deviation over the runs, and by how much they exceed those of `others`.
+def row_of(name: str, runs: Runs, first: Runs) -> str:
+    """A line of the table: number of runs, mean and standard deviation of each score, and what is more than `first`'s.
 
-    That is of the same subjects and seeds: the mean of the paired differences, and its standard error.
+    That is the mean over the subjects of the difference to runs of the same subject and seed, and its standard error.
     """
-    cells = []
+    cells = [str(len(runs))]
     for column in SCORES:
-        values = [run[column] for run in runs if column in run]
-        digits = 0 if column == "seconds" else 2
-        cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values else "")
+        values, digits = [run[column] for run in runs.values()], 0 if column == "seconds" else 2
+        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.{digits}f}{spread}")
     for column in PAIRED:
-        gains = [run[column] - other[column] for run, other in zip(runs, others, strict=True)] if others else []
-        error = np.std(gains, ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.nan
-        cells.append(f"{np.mean(gains):+.2f} ± {error:.2f}" if gains else "")
+        gains: dict[int, list[float]] = {}
+        for subject, seed in runs.keys() & first.keys():
+            gains.setdefault(subject, []).append(runs[subject, seed][column] - first[subject, seed][column])
+        means = [np.mean(values) for values in gains.values()]
+        spread = f" ± {np.std(means, ddof=1) / np.sqrt(len(means)):.2f}" if len(means) > 1 else ""
+        cells.append(f"{np.mean(means):+.2f}{spread}" if means else "")
     return f"| {name} | {' | '.join(cells)} |\n"
 
 
-def header(subjects: int, seeds: int, steps: int) -> str:
-    columns = [name.replace("_", " ") for name in SCORES] + [f"more {name}" for name in PAIRED]
-    lines = f"| | {' | '.join(columns)} |\n|---{'|---:' * len(columns)}|\n"
-    return f"{subjects} subjects x {seeds} seeds, {steps} steps\n\n{lines}"
+def header() -> str:
+    columns = ["runs", *(name.replace("_", " ") for name in SCORES), *(f"more {name}" for name in PAIRED)]
+    return f"| | {' | '.join(columns)} |\n|---{'|---:' * len(columns)}|\n"
 
 
 def make_rows(args: argparse.Namespace, names: list[str], run_one: Callable[..., dict[str, float]] = run_row) -> None:
-    """Do every run that runs.jsonl lacks, and append each row that is whole to table.md."""
+    """Do every run that `runs.jsonl` lacks, all rows in turn, and write the table anew after each subject."""
     args.folder.mkdir(parents=True, exist_ok=True)
-    log, table = args.folder / "runs.jsonl", args.folder / "table.md"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(line["row"], line["subject"], line["seed"], line["steps"]): line["scores"] for line in lines}
-    if not table.exists():
-        table.write_text(header(args.subjects, args.seeds, args.steps))
-    trials = list(itertools.product(range(args.subjects), range(args.seeds), [args.steps]))
-    for name in names:
-        for trial in trials:
-            if (key := (name, *trial)) not in done:
-                done[key] = run_one(name, args.folder, *trial)
-                line = dict(zip(("row", "subject", "seed", "steps", "scores"), (*key, done[key]), strict=True))
+    log, done = args.folder / "runs.jsonl", {name: Runs() for name in names}
+    for line in map(json.loads, log.read_text().splitlines() if log.exists() else []):
+        if line["steps"] == args.steps:
+            done.setdefault(line["row"], {})[line["subject"], line["seed"]] = line["scores"]
+    for seed, number in itertools.product(range(args.seeds), range(args.subjects)):
+        for name in names:
+            if (number, seed) not in (runs := done[name]):
+                runs[number, seed] = run_one(name, args.folder, number, seed, args.steps)
+                line = {"row": name, "subject": number, "seed": seed, "steps": args.steps, "scores": runs[number, seed]}
                 with log.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-        first = [done[FIRST, *trial] for trial in trials if (FIRST, *trial) in done]
-        row = row_of(name, [done[name, *trial] for trial in trials], first if len(first) == len(trials) else [])
-        print(row, end="", flush=True)
-        if row not in table.read_text():
-            with table.open("a") as file:
-                file.write(row)
+        first = done.get(next(iter(ROWS)), done[names[0]])
+        rows = [row_of(name, runs, first) for name, runs in done.items()]
+        (args.folder / f"table-{args.steps}.md").write_text(header() + "".join(rows))
+    print((args.folder / f"table-{args.steps}.md").read_text(), end="")
 
 
 def main() -> None:
