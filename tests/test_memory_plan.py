@@ -104,6 +104,16 @@ def test_swapping_takes_blocks_off_the_device() -> None:
     assert 5 < (weights[0] - weights[1]) / memory_plan.GIB < 8
 
 
+def test_pictures_take_memory_by_their_own_size(tiny_flux: Path) -> None:
+    decoded = []
+    for size in ("64", "64x128"):
+        flags = [f"--pretrained_model_name_or_path={tiny_flux}", "--resolution=32", "--max_sequence_length=64"]
+        plan = plan_of(lora, *flags, "--validation_prompt=x", f"--validation_resolution={size}")
+        stages = {stage.name: stage.activations for stage in memory_plan.plan_stages(plan, {})}
+        decoded.append((stages["validation"], stages["final pictures"]))
+    assert decoded[1] == pytest.approx(tuple(2 * value for value in decoded[0]), rel=0.05)
+
+
 def test_the_command_prints_every_stage_and_whether_it_fits(
     script: ModuleType, tiny_flux: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

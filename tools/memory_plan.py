@@ -324,13 +324,13 @@ def run_vae(run: Callable, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     run(torch.randn(shape, dtype=dtype))
 
 
-def vae_bytes(plan: Plan, decodes: bool) -> int:
-    """Bytes that the VAE needs beside its weights to draw a picture, or to encode one."""
-    vae, side = copy.deepcopy(plan.models["vae"]), plan.args.resolution
+def vae_bytes(plan: Plan, size: tuple[int, int], decodes: bool) -> int:
+    """Bytes that the VAE needs beside its weights to draw a picture of `size`, or to encode one."""
+    vae, (width, height) = copy.deepcopy(plan.models["vae"]), size
     dtype = torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32
     for parameter in vae.parameters():
         parameter.data = parameter.data.to(dtype)
-    latents, pixels = (1, vae.config.latent_channels, side // 8, side // 8), (1, 3, side, side)
+    latents, pixels = (1, vae.config.latent_channels, height // 8, width // 8), (1, 3, height, width)
     run, shape = (vae.decode, latents) if decodes else (vae.encode, pixels)
     return peak_of([vae], functools.partial(run_vae, run, shape, dtype))
 
@@ -343,13 +343,13 @@ def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Sta
     base = frozen_bytes(plan, trained)
     vae = count_bytes(models["vae"], torch.bfloat16 if plan.dtype == torch.bfloat16 else torch.float32)
     clip = count_bytes(models["text_encoder"], plan.dtype)
-    stages = []
+    stages, square = [], (args.resolution, args.resolution)
     if args.with_prior_preservation:
         drawn = base if plan.lora else count_bytes(models["transformer"], torch.bfloat16)
-        stages.append(Stage("class pictures", drawn + vae, activations=vae_bytes(plan, decodes=True)))
+        stages.append(Stage("class pictures", drawn + vae, activations=vae_bytes(plan, square, decodes=True)))
     encoders = clip + count_bytes(models["text_encoder_2"], plan.dtype)
     stages.append(Stage("text encoders", encoders, activations=0.02 * encoders))
-    stages.append(Stage("pictures", vae, activations=float(vae_bytes(plan, decodes=False))))
+    stages.append(Stage("pictures", vae, activations=float(vae_bytes(plan, square, decodes=False))))
     whole, internal = activations(plan, known)
     update, fused = update_bytes(plan, parameters), getattr(args, "fused_backward_pass", False)
     gradients = float(sum(parameter.numel() * parameter.itemsize for parameter in parameters))
@@ -367,7 +367,7 @@ def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Sta
         resident += clip + (0.0 if plan.lora else 3.0 * clip)
     stages.append(Stage("training", base + resident, gradients, states, max(0.0, peak - gradients)))
     if args.validation_prompt:
-        decoded = float(vae_bytes(plan, decodes=True))
+        decoded = float(vae_bytes(plan, plan.script.validation_size(args), decodes=True))
         stages.append(Stage("validation", base + vae, 0, states, decoded))
         final = base if plan.lora else count_bytes(models["transformer"], plan.dtype)
         stages.append(Stage("final pictures", final + vae + clip, activations=decoded))
