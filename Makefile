@@ -27,9 +27,9 @@ demo: $(VENV)/installed
 	ACCELERATE_USE_CPU=true $(LAUNCH) train_dreambooth_lora_flux.py \
 		--pretrained_model_name_or_path=benchmarks/small_world/checkpoint --instance_data_dir=demo/pictures \
 		--caption_extension=.txt --class_prompt="a photo of a dog" --prior_from_base_model --output_dir=demo/trained-lora \
-		--resolution=64 --center_crop --random_flip --train_batch_size=4 --max_sequence_length=16 --guidance_scale=1 \
+		--resolution=64 --center_crop --train_batch_size=4 --repeats=4 --max_sequence_length=16 --guidance_scale=1 \
 		--rank=16 --lora_alpha=16 --learning_rate=1e-3 @benchmarks/small_world/layers.txt --weighting_scheme=logit_normal \
-		--max_train_steps=500 --checkpointing_steps=250 --validation_steps=100 --validation_epochs=1000 --num_validation_images=1 \
+		--max_train_steps=400 --checkpointing_steps=200 --validation_steps=100 --validation_epochs=1000 --num_validation_images=1 \
 		--validation_prompt="a photo of sks dog in a room" --validation_prompt="a photo of sks dog at sunset" \
 		--validation_prompt="a photo of sks dog on a street" --validation_prompt="a photo of sks dog at sea" \
 		--validation_prompt="a photo of a dog" --seed=3
@@ -41,7 +41,7 @@ demo: $(VENV)/installed
 	@echo "  LoRA weights         demo/trained-lora/pytorch_lora_weights.safetensors"
 	@echo "  final pictures       demo/trained-lora/image_*.png"
 	@echo "  pictures on the way  demo/trained-lora/validation/"
-	@echo "  checkpoints          demo/trained-lora/checkpoint-250 and -500, for --resume_from_checkpoint=latest"
+	@echo "  checkpoints          demo/trained-lora/checkpoint-200 and -400, for --resume_from_checkpoint=latest"
 	@echo "  curves               $(BIN)/tensorboard --logdir demo/trained-lora/logs"
 	@echo "Next: the same command on FLUX.1 [dev] and your pictures, in README.md under 'The real thing'."
 
