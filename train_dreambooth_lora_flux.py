@@ -146,15 +146,18 @@ def main(args: Namespace) -> None:
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)  # draws the class pictures that are missing
     given = flag_lines(args)
     resolve_steps(args, accelerator, dataset, state)
-    if broadcast_object_list([is_finished(args, dataset)])[0]:
+    took = broadcast_object_list([finished_seconds(args, dataset)])[0]
+    if took is not None:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         if args.push_to_hub and accelerator.is_main_process:
+            done = replace(state, step=args.max_train_steps, seconds=took)
+            write_model_card(args, accelerator, repo_id, pictures, done)  # it names the repository
             push_to_hub(args, repo_id)
-        accelerator.end_training()
+        end_training(accelerator)
         return
-    start_trackers(args, accelerator, given)
+    start_trackers(args, accelerator)
     data = prepare_data(args, accelerator, dataset, pictures)  # prompts to embeddings, pictures to latents
-    train_and_save(args, accelerator, data, resumed, state)
+    train_and_save(args, accelerator, data, resumed, state, given)
     if args.validation_prompt and not args.skip_final_inference:
         embeds = [data.prompts[prompt] for prompt in args.validation_prompt]
         del data  # and with it the VAE: what was saved brings its own
@@ -164,15 +167,20 @@ def main(args: Namespace) -> None:
         with warn_if_unwritable("The model card"):
             write_model_card(args, accelerator, repo_id, pictures, state)
         with warn_if_unwritable("The mark of a finished run"):
-            mark_finished(args, dataset)
+            mark_finished(args, dataset, state)
         if args.push_to_hub:
             push_to_hub(args, repo_id)
-    accelerator.end_training()
+    end_training(accelerator)
     logger.info(closing_summary(args, state))
 
 
 def train_and_save(
-    args: Namespace, accelerator: Accelerator, data: TrainingData, resumed: Checkpoint | None, state: RunState
+    args: Namespace,
+    accelerator: Accelerator,
+    data: TrainingData,
+    resumed: Checkpoint | None,
+    state: RunState,
+    given: list[str],
 ) -> None:
     """Load the transformer, go on from a checkpoint, train, save the result; the memory of all that is free after."""
     with stage(args, accelerator, "Loading the transformer"):
@@ -182,9 +190,10 @@ def train_and_save(
     schedule = make_schedule(args, accelerator, data.dataset, state)
     if accelerator.is_main_process:
         set_aside(args, resumed, state.step, changed=bool(changes))
+        (Path(args.output_dir) / FLAGS_FILE).write_text("\n".join(given) + "\n", encoding="utf-8")
     with StopSignals() as signals:
         with stage(args, accelerator, "Training"), logging_redirect_tqdm():
-            if state.step == 0 or state.owes_validation:
+            if state.step == 0 or owes_validation(run):
                 validate(run)
             train(run, schedule, signals)
         with stage(args, accelerator, "Saving the result"):
@@ -242,7 +251,7 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
         epoch, left = divmod(state.step, schedule.steps_per_epoch)
         due = left == 0 and (epoch - 1) % args.validation_epochs == 0
         due = due or bool(args.validation_steps and state.step % args.validation_steps == 0)
-        state.owes_validation = due and stop > 0
+        state.owes_validation = due
         if stop or state.step % args.checkpointing_steps == 0:
             save_checkpoint(run)
         if stop:
@@ -250,6 +259,7 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
             stop_run(run, signals.pending(), f"checkpoint-{state.step}")
         if due:
             validate(run)
+            state.owes_validation = False
         total.zero_()
         start = time.perf_counter()
     progress.close()
@@ -265,7 +275,8 @@ def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) ->
     values |= {"prodigy_d": float(group["d"])} if "d" in group else {}  # Prodigy's estimate of the step size
     values |= peak_memory(run.accelerator.device)
     run.state.seconds += seconds
-    run.accelerator.log(values, step=run.state.step)
+    with tracking(run.accelerator):
+        run.accelerator.log(values, step=run.state.step)
     return values
 
 
@@ -705,8 +716,7 @@ def load_transformer(
 ) -> FluxTransformer2DModel:
     """The frozen transformer with trainable adapters in float32."""
     transformer = read_transformer(args, accelerator, dtype)
-    targets = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else TRANSFORMER_TARGETS
-    add_adapter(args, transformer, targets, seed)
+    add_adapter(args, transformer, transformer_targets(args), seed)
     set_up_blocks(args, transformer)
     return transformer.train()
 
@@ -718,6 +728,11 @@ def load_text_encoder(args: Namespace, dtype: torch.dtype, seed: int) -> CLIPTex
     if args.gradient_checkpointing:
         text_encoder.activation_checkpointing_enable()
     return text_encoder.train()
+
+
+def transformer_targets(args: Namespace) -> list[str]:
+    """What the names of the layers end in that get adapters."""
+    return [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else TRANSFORMER_TARGETS
 
 
 def add_adapter(args: Namespace, model: Any, targets: list[str], seed: int) -> None:
@@ -827,9 +842,16 @@ def validate(run: Run) -> None:
                 values["validation_loss_relative"] = loss / state.untrained_loss
                 text += f", {values['validation_loss_relative']:.4f} of the untrained model's"
             logger.info(text)
-            run.accelerator.log(values, step=state.step)
+            with tracking(run.accelerator):
+                run.accelerator.log(values, step=state.step)
         if draws:
             draw_validation_pictures(run)
+
+
+def owes_validation(run: Run) -> bool:
+    """Whether a checkpoint was written before a validation that was due, and its pictures are not there."""
+    there = (run.state.step, 0) in list_validation_pictures(Path(run.args.output_dir))
+    return run.state.owes_validation and not broadcast_object_list([there])[0]
 
 
 @torch.no_grad()
@@ -1226,6 +1248,10 @@ def problems(args: Namespace) -> Iterator[str]:
             not known,
         f"{optimizer} needs the package {package}: pip install {package}":
             package not in ("torch", "transformers") and find_spec(package) is None,
+        "prodigy needs --learning_rate, for example 1, and --adam_epsilon above 0":
+            args.optimizer.lower() == "prodigy" and not (args.learning_rate and args.adam_epsilon),
+        "--lr_scheduler=polynomial ends at 1e-7; give a higher --learning_rate and --text_encoder_lr":
+            args.lr_scheduler == "polynomial" and not args.learning_rate > 1e-7,
         "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'":
             args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules,
         f"--lr_step_rules is {rules!r}; give factor:step,...,factor, such as '1:100,0.1:300,0.01'":
@@ -1323,7 +1349,8 @@ def flag_lines(args: Namespace) -> list[str]:
         if value != FLAG_OF[name].unset:
             texts = value if isinstance(value, list) else [value]
             texts = texts if FLAG_OF[name].kind is list else [",".join(map(str, texts)) if len(texts) > 1 else value]
-            lines += [f"--{name}" + ("" if text is True else f"={shlex.quote(str(text))}") for text in texts]
+            texts = [text if text is True else " ".join(str(text).splitlines()) for text in texts]
+            lines += [f"--{name}" + ("" if text is True else f"={shlex.quote(text)}") for text in texts]
     return lines
 
 
@@ -1582,7 +1609,8 @@ def with_trigger(args: Namespace, picture: Picture) -> Picture:
     if not word or picture.prompt == args.instance_prompt:
         return picture
     caption = picture.prompt.replace("{trigger}", word)
-    return replace(picture, prompt=caption if word in caption else f"{word} {caption}")
+    is_there = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption)
+    return replace(picture, prompt=caption if is_there else f"{word} {caption}")
 
 
 def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
@@ -1715,13 +1743,34 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 def log_pictures(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
     """Send pictures to the trackers that take them."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images(
-                {name: np.stack([np.asarray(picture) for picture in pictures])}, step, dataformats="NHWC"
-            )
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({name: pictures}, step)
+    with tracking(accelerator):
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                stack = np.stack([np.asarray(picture) for picture in pictures])
+                tracker.log_images({name: stack}, step, dataformats="NHWC")
+            elif tracker.name in ("wandb", "swanlab"):
+                tracker.log_images({name: pictures}, step)
+            elif hasattr(tracker, "log_images"):  # a picture for each name
+                tracker.log_images({f"{name}_{number}": picture for number, picture in enumerate(pictures)}, step)
+
+
+@contextlib.contextmanager
+def tracking(accelerator: Accelerator) -> Iterator[None]:
+    """Around what the trackers do: where one fails, as on a full disk, a warning says so and the run goes on."""
+    try:
+        yield
+    except Exception as error:  # each tracker has its own kinds
+        logger.warning(f"--report_to: nothing more is logged, after {type(error).__name__}: {error}")
+        accelerator.trackers.clear()
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """End the trackers, and what ties the processes together."""
+    with tracking(accelerator):
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    accelerator.trackers.clear()
+    accelerator.end_training()
 
 
 def list_validation_pictures(output_dir: Path) -> dict[tuple[int, int], Path]:
@@ -1926,11 +1975,15 @@ def read_transformer(args: Namespace, accelerator: Accelerator, dtype: torch.dty
     from_main = from_main and args.base_quantization == "none" and not args.blocks_to_swap
     if accelerator.is_main_process or not from_main:
         return load_base(args, dtype, device)
+    return empty_transformer(args).to(dtype).to_empty(device=device).requires_grad_(False)
+
+
+def empty_transformer(args: Namespace) -> FluxTransformer2DModel:
+    """The transformer without weights, on the meta device: only its config is read."""
     options = hub_options(args, subfolder="transformer")
     config = FluxTransformer2DModel.load_config(args.pretrained_model_name_or_path, **options)
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config).to(dtype)
-    return transformer.to_empty(device=device).requires_grad_(False)
+        return FluxTransformer2DModel.from_config(config)
 
 
 def list_blocks(transformer: nn.Module) -> list[nn.Module]:
@@ -2203,7 +2256,7 @@ class RunState:
     step: int  # optimizer steps done
     seed: int
     untrained_loss: float | None = None  # the validation loss before the first step, of the same pictures
-    owes_validation: bool = False  # whether a stop came before a validation that was due
+    owes_validation: bool = False  # whether a validation is due after this step
     seconds: float = 0.0  # that the steps took
 
 
@@ -2366,12 +2419,10 @@ def start_state(args: Namespace, resumed: Checkpoint | None) -> RunState:
     return RunState(0, seed)
 
 
-def start_trackers(args: Namespace, accelerator: Accelerator, given: list[str]) -> None:
-    """Begin what `--report_to` names, with all settings, and write down the flags as they were `given`."""
+def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
+    """Begin what `--report_to` names, with all settings."""
     config = {name: "" if value is None else value for name, value in settings(args).items()}
     config = {name: json.dumps(value) if isinstance(value, list) else value for name, value in config.items()}
-    if accelerator.is_main_process:
-        (Path(args.output_dir) / FLAGS_FILE).write_text("\n".join(given) + "\n")
     try:
         accelerator.init_trackers(PROJECT, config=config)
     except Exception as error:  # each tracker has its own kinds
@@ -2573,7 +2624,7 @@ def check_finite(run: Run, loss: float, norm: float) -> None:
 
 
 def check_model(args: Namespace) -> None:
-    """Stop unless the base is a FLUX.1 pipeline, of which only the index is read, and its attention is installed."""
+    """Stop unless the base is a FLUX.1 pipeline that fits the flags; its weights are not read."""
     name = args.pretrained_model_name_or_path
     if args.attention_backend:
         try:
@@ -2582,11 +2633,21 @@ def check_model(args: Namespace) -> None:
             raise UsageError(f"--attention_backend is {args.attention_backend}: {error}") from error
     try:
         index = FluxPipeline.load_config(name, **hub_options(args))
+        is_flux = index.get("_class_name") == "FluxPipeline" and "transformer" in index
+        transformer = empty_transformer(args) if is_flux else None
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--pretrained_model_name_or_path is {name!r}, which does not load: {reason}") from error
-    if index.get("_class_name") != "FluxPipeline" or "transformer" not in index:
+    if transformer is None:
         raise UsageError(f"--pretrained_model_name_or_path is {name!r}, which is a {index.get('_class_name')}")
+    check_parts(args, transformer)
+
+
+def check_parts(args: Namespace, transformer: FluxTransformer2DModel) -> None:
+    """Stop unless what flags name of the transformer, blocks and layers, is there."""
+    for flag in ("--gradient_checkpointing_blocks", "--blocks_to_swap"):
+        choose_blocks(transformer, flag, getattr(args, flag[2:]) or 0)
+    add_adapter(args, transformer, transformer_targets(args), seed=0)
 
 
 def check_everything(
@@ -2608,6 +2669,8 @@ def check_everything(
             if resumed and (changed := changed_flags(resumed.metadata["args"], args, "refuse")):
                 reason = f"{resumed.folder} does not fit this run: {', '.join(changed)}"
                 raise UsageError(f"{reason}. Give them as they were, or start anew")
+            if args.init_lora and resumed is None:
+                read_lora(args)
             repo_id = create_repository(args) if args.push_to_hub else Path(args.output_dir).resolve().name
             make_folder("--output_dir", args.output_dir)
             if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
@@ -2630,26 +2693,29 @@ def make_folder(flag: str, folder: str) -> None:
 def check_machines(
     args: Namespace, accelerator: Accelerator, resumed: Checkpoint | None, pictures: dict[str, list[Picture]]
 ) -> None:
-    """Stop unless all machines have what they need: the same pictures, the checkpoint, and a shard's folder."""
-    probe = Path(args.output_dir) / f".probe-{random.SystemRandom().random()}{PARTIAL}"
-    probe = broadcast_object_list([probe])[0]
-    if accelerator.is_main_process:
+    """Stop unless all machines have what they need: the same pictures, the checkpoint, and folders that all write."""
+    folders = {"--output_dir": args.output_dir} if is_sharded(accelerator) else {}
+    if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
+        folders["--class_data_dir"] = args.class_data_dir
+    name = broadcast_object_list([f".probe-{random.SystemRandom().random()}{PARTIAL}"])[0]
+    probes = {flag: Path(folder) / name for flag, folder in folders.items()}
+    for probe in probes.values() if accelerator.is_main_process else []:
         probe.touch()
     accelerator.wait_for_everyone()
+    found = [flag for flag, probe in probes.items() if probe.exists()]
     names = [(kind, one.name, one.prompt, one.digest) for kind, part in pictures.items() for one in part]
     checkpoint = resumed is None or (resumed.folder / STATE_FILE).is_file()
-    pictures_of, checkpoint_of, folder_of = zip(*gather_object([(names, checkpoint, probe.exists())]), strict=True)
-    if accelerator.is_main_process:
+    pictures_of, checkpoint_of, found_of = zip(*gather_object([(names, checkpoint, found)]), strict=True)
+    for probe in probes.values() if accelerator.is_main_process else []:
         probe.unlink()
     if any(others != names for others in pictures_of):
         raise UsageError("the machines have different pictures; copy the folders, or put them on a disk that all see")
     if resumed is not None and not all(checkpoint_of):
         raise UsageError(f"{resumed.folder} is not on all machines; copy it, or share --output_dir between them")
-    if is_sharded(accelerator) and not all(folder_of):
-        raise UsageError(
-            f"--output_dir is {args.output_dir!r}, which not all machines share; {engine_name(accelerator)} writes "
-            "its checkpoints from all of them: give a folder on a disk that all see"
-        )
+    for flag, folder in folders.items():
+        if not all(flag in flags for flags in found_of):
+            message = f"{flag} is {folder!r}, which not all machines share, and all of them write into it"
+            raise UsageError(f"{message}: give a folder on a disk that all see")
 
 
 # ================================================== 13. Checkpoints ===================================================
@@ -2760,7 +2826,7 @@ def set_adapters(model: Any, state: dict[str, Tensor], source: str) -> None:
 
 
 def read_lora(args: Namespace) -> dict[str, Tensor]:
-    """The layers of `--init_lora`, in float32, with its scale multiplied into B; a UsageError if it is no LoRA."""
+    """The layers of `--init_lora`, in float32, with its scale multiplied into B; a UsageError if it does not fit."""
     try:
         state, alphas, metadata = FluxPipeline.lora_state_dict(
             args.init_lora,
@@ -2788,6 +2854,9 @@ def read_lora(args: Namespace) -> dict[str, Tensor]:
         alpha = float(known.get(f"{layer}.alpha", [*patterns, about.get("lora_alpha", rank)][0]))
         scale = alpha / (math.sqrt(rank) if about.get("use_rslora") else rank)
         scaled[name] = value.float() * (scale if "lora_B" in name else 1.0)
+    ranks = {value.shape[0] for name, value in scaled.items() if "lora_A" in name}
+    if ranks != {args.rank}:
+        raise UsageError(f"--init_lora is {args.init_lora!r}, of rank {sorted(ranks)}, and --rank is {args.rank}")
     return scaled
 
 
@@ -2795,9 +2864,6 @@ def start_from_lora(args: Namespace, models: list[nn.Module]) -> None:
     """Give fresh adapters the weights of `--init_lora`, as they are at this run's scale."""
     scale = args.lora_alpha / (math.sqrt(args.rank) if args.use_rslora else args.rank)
     state = {name: value / scale if "lora_B" in name else value for name, value in read_lora(args).items()}
-    ranks = {value.shape[0] for name, value in state.items() if "lora_A" in name}
-    if ranks != {args.rank}:
-        raise UsageError(f"--init_lora is {args.init_lora!r}, of rank {sorted(ranks)}, and --rank is {args.rank}")
     for model in models:
         set_adapters(model, state, f"--init_lora={args.init_lora}")
 
@@ -2816,8 +2882,12 @@ def load_checkpoint(run: Run, resumed: Checkpoint) -> list[str]:
     if fits:
         # DeepSpeed's name for leaving out the frozen; the others load by way of the host, as some copy the state.
         options = {"load_module_strict": False} if is_sharded(run.accelerator) else {"map_location": "cpu"}
+        scaler = run.accelerator.scaler
+        if not (folder / "scaler.pt").is_file():  # of a run that was not in fp16: its scale starts anew
+            run.accelerator.scaler = None
         with keep_settings(trained.optimizer, chosen_optimizer(args).settings(args, "cpu")):
             run.accelerator.load_state(str(folder), **options)
+        run.accelerator.scaler = scaler
     else:
         trained.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.bin"))
     schedule, groups = trained.lr_scheduler.scheduler, trained.optimizer.param_groups
@@ -3016,7 +3086,10 @@ def set_aside(args: Namespace, resumed: Checkpoint | None, step: int, changed: b
     own = resumed is not None and resumed.folder.resolve().parent == output.resolve()
     step = step if own else 0
     other_pictures = resumed is None or not own or bool(changed_flags(resumed.metadata["args"], args, "pictures"))
-    patterns = [*(ON_REQUEST if own and not changed else RESULTS), *([SHEET_FILE] if other_pictures else [])]
+    patterns = [
+        *(ON_REQUEST if own and not changed else [*RESULTS, FLAGS_FILE]),
+        *([SHEET_FILE] if other_pictures else []),
+    ]
     left = [path for pattern in patterns for path in output.glob(pattern)]
     left += [path for number, path in list_checkpoints(output).items() if number > step]
     drawn = list_validation_pictures(output).items()
@@ -3060,26 +3133,26 @@ def unlock_folder() -> None:
         HELD.pop().release()
 
 
-def is_finished(args: Namespace, dataset: DreamBoothDataset) -> bool:
-    """Whether `latest` would go on with a run that is done, of the same pictures and with no flag changed that matters.
+def finished_seconds(args: Namespace, dataset: DreamBoothDataset) -> float | None:
+    """How long the run took that `latest` would go on with, if it is done, and no picture or flag that matters changed.
 
     A checkpoint cannot tell: the last one may be long before the end.
     """
     try:
         before = json.loads((Path(args.output_dir) / RESULT_FILE).read_text())
     except (OSError, ValueError):  # a result without its mark may be of another run
-        return False
+        return None
     changed = changed_flags(before, args, "result", "pictures", "warn", "refuse")
     pictures = fingerprint(dataset.sources)
     same = not changed and before.get("training pictures", pictures) == pictures
-    return same and args.resume_from_checkpoint == "latest"
+    return before.get("seconds", 0.0) if same and args.resume_from_checkpoint == "latest" else None
 
 
-def mark_finished(args: Namespace, dataset: DreamBoothDataset) -> None:
+def mark_finished(args: Namespace, dataset: DreamBoothDataset, state: RunState) -> None:
     """Write the last file of a run, unless a picture that the flags ask for is missing."""
     if all((Path(args.output_dir) / name).exists() for name in final_pictures(args)):
         partial = Path(args.output_dir) / f".{RESULT_FILE}{PARTIAL}"
-        content = settings(args) | {"training pictures": fingerprint(dataset.sources)}
+        content = settings(args) | {"training pictures": fingerprint(dataset.sources), "seconds": state.seconds}
         partial.write_text(json.dumps(content, indent=2) + "\n")
         replace_path(partial, Path(args.output_dir) / RESULT_FILE)
 
@@ -3228,7 +3301,7 @@ def describe_training(
         f"- {accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}, seed {state.seed}",
         "- " + ", ".join(f"{name} {version(name)}" for name in PACKAGES),
     ]
-    return "\n".join([*rows, "\nFlags; all others had their defaults:\n", *(line.replace("\n", " ") for line in flags)])
+    return "\n".join([*rows, "\nFlags; all others had their defaults:\n", *flags])
 
 
 def write_model_card(
@@ -3384,7 +3457,7 @@ def stop_run(run: Run, number: int, saved: str) -> None:
         f"Stopped by {signal.Signals(number).name} at step {step}; {saved} is saved. "
         "To go on: the same command with --resume_from_checkpoint=latest"
     )
-    run.accelerator.end_training()
+    end_training(run.accelerator)
     if launcher_is_gone():  # with it went torch's store, which the process may wait for at its end
         sys.stdout.flush()
         os._exit(128 + number)
@@ -3468,8 +3541,8 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (UsageError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        where = f", process {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
+        print(f"{Path(__file__).name}{where}: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:
         print(f"{Path(__file__).name}: interrupted; checkpoints written so far are whole", file=sys.stderr)

@@ -222,6 +222,9 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("--prodigy_beta3=1.5", ["--prodigy_beta3", "1.5", "below 1"]),
     ("--ema_decay=1", ["--ema_decay", "1.0", "below 1"]),
     ("--logit_std=0", ["--logit_std", "0.0", "above 0"]),
+    ("--optimizer=prodigy --learning_rate=0", ["prodigy", "--learning_rate"]),
+    ("--optimizer=Prodigy --learning_rate=1 --adam_epsilon=0", ["prodigy", "--adam_epsilon"]),
+    ("--lr_scheduler=polynomial --learning_rate=1e-7", ["--lr_scheduler=polynomial", "--learning_rate"]),
 ]
 REFUSED_ADAPTERS: list[tuple[str, list[str]]] = [
     ("--rank=0", ["--rank", "0", "1 or more"]),

@@ -453,19 +453,32 @@ def test_a_bad_input_ends_in_one_message_before_a_model_is_loaded_and_leaves_not
     assert tree(tmp_path) == before
 
 
-def test_layers_that_the_model_does_not_have_are_a_usage_error(
+@pytest.mark.parametrize(
+    ("kind", "flags", "words"),
+    [
+        ("lora", ["--lora_layers=attn.to_q, attn.to_x,proj_out"],
+         "--lora_layers is 'attn.to_q, attn.to_x,proj_out', and no layer's name ends in attn.to_x"),
+        ("lora", ["--gradient_checkpointing", "--blocks_to_swap=9"], "--blocks_to_swap is 9; this transformer has"),
+        ("full", ["--gradient_checkpointing", "--gradient_checkpointing_blocks=9"], "_checkpointing_blocks is 9; this"),
+        ("lora", ["--init_lora=nowhere.safetensors"], "--init_lora is 'nowhere.safetensors', which does not load"),
+        ("full", ["--init_lora=nowhere.safetensors"], "--init_lora is 'nowhere.safetensors', which does not load"),
+    ],
+)  # fmt: skip
+def test_what_the_model_does_not_have_is_said_before_it_is_loaded(
+    kind: str,
+    flags: list[str],
+    words: str,
     tiny_flux: Path,
     pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Only the model knows its layers, so this one is found after it was loaded."""
+    for model in (FluxTransformer2DModel, FluxPipeline, AutoencoderKL):
+        monkeypatch.setattr(model, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
-    argv = [*base_flags(tiny_flux, pictures), "--max_sequence_length=16", "--lora_layers=attn.to_q, attn.to_x,proj_out"]
-    code, message = exit_of(SCRIPTS["lora"], argv, capsys)
-    assert code == 2 and "--lora_layers is 'attn.to_q, attn.to_x,proj_out'" in message
-    assert message.endswith("no layer's name ends in attn.to_x")
+    code, message = exit_of(SCRIPTS[kind], [*base_flags(tiny_flux, pictures), *flags], capsys)
+    assert code == 2 and words in message and tree(tmp_path) == {}
 
 
 def test_what_only_the_machine_knows_not_to_work_is_said_before_a_model_is_loaded(
@@ -511,6 +524,18 @@ def test_the_command_itself_exits_with_2_and_without_a_traceback(
     assert [word for word in words if word not in told] == []
     assert len(re.findall(r"^\S+: error: ", told, re.MULTILINE)) == 1
     assert tree(tmp_path) == before
+
+
+def test_an_error_of_another_process_is_told_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Out of memory on one GPU of several: nobody else says why."""
+    script = SCRIPTS["lora"]
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(script, "parse_args", lambda: (_ for _ in ()).throw(script.RunError("out of memory")))
+    with pytest.raises(SystemExit):
+        exec(main_block(script), script.__dict__)
+    assert capsys.readouterr().err == "train_dreambooth_lora_flux.py, process 3: error: out of memory\n"
 
 
 # Started as a command, and then says which of the packages that only some flags need were imported.

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
@@ -403,3 +404,50 @@ def test_a_state_file_is_valid_json_that_names_every_other_file(script: ModuleTy
     content = json.loads((checkpoint / "training_state.json").read_text())
     others = {str(path.relative_to(checkpoint)) for path in files_of(checkpoint)} - {"training_state.json"}
     assert set(content["files"]) == others
+
+
+def test_a_disk_that_is_full_for_the_curves_does_not_end_the_run(
+    script: ModuleType,
+    run: Run,
+    trained: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls = []
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        calls.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(TensorBoardTracker, "log", refuse)
+    run(script, "--report_to=tensorboard")
+    assert len(calls) == 1 and caplog.text.count("--report_to: nothing more is logged, after OSError") == 1
+    assert_same_weights(script, tmp_path / "out", trained[script.__name__])
+    monkeypatch.undo()
+    monkeypatch.setattr(TensorBoardTracker, "finish", refuse)
+    run(script, "--report_to=tensorboard", f"--output_dir={tmp_path / 'other'}")
+    assert (tmp_path / "other" / script.RESULT_FILE).is_file()
+
+
+def test_a_validation_that_was_due_when_the_run_died_is_made_up(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--checkpointing_steps=2", "--validation_steps=2", "--max_train_steps=4", "--validation_prompt=a dog"]
+    flags += ["--num_validation_images=1", "--validation_epochs=99", "--resume_from_checkpoint=latest"]
+    drawn: list[int] = []
+    draw = script.draw_validation_pictures
+
+    def die_at_2(of: Any) -> None:
+        drawn.append(of.state.step)
+        draw(of) if of.state.step != 2 else (_ for _ in ()).throw(KeyboardInterrupt)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "draw_validation_pictures", die_at_2)
+        with pytest.raises(KeyboardInterrupt):
+            run(script, *flags)
+    monkeypatch.setattr(script, "draw_validation_pictures", lambda of: (drawn.append(of.state.step), draw(of)))
+    output = run(script, *flags)
+    assert (output / "validation" / "step_000002_0.png").is_file()
+    run(script, *flags, "--max_train_steps=5")  # from a checkpoint whose pictures are there; 5 steps are an epoch
+    assert drawn == [0, 2, 2, 4, 5]

@@ -298,7 +298,7 @@ def test_an_optimizers_state_is_kept_where_it_fits(script: ModuleType, before: A
     assert script.optimizer_fits(*facts) is fits
 
 
-def check_machines(script: ModuleType, tmp_path: Path, seen: Any, engine: str, resumed: Any) -> None:
+def check_machines(script: ModuleType, tmp_path: Path, seen: Any, engine: str, resumed: Any, **flags: Any) -> None:
     """`check_machines` of process 0, where the other says that it has `seen`."""
     accelerator = SimpleNamespace(
         is_main_process=True, distributed_type=engine, state=None, wait_for_everyone=lambda: None
@@ -306,16 +306,18 @@ def check_machines(script: ModuleType, tmp_path: Path, seen: Any, engine: str, r
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "broadcast_object_list", list)
         patch.setattr(script, "gather_object", lambda mine: [*mine, seen])
-        script.check_machines(argparse.Namespace(output_dir=str(tmp_path)), accelerator, resumed, {})
+        given = {"class_data_dir": str(tmp_path), "num_class_images": 1} | flags
+        args = argparse.Namespace(output_dir=str(tmp_path), **{"with_prior_preservation": False} | given)
+        script.check_machines(args, accelerator, resumed, {})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("seen", "message"),
     [
-        (([("instance", "other.png", "a dog")], True, True), "different pictures"),
-        (([], False, True), "not on all machines"),
-        (([], True, False), "not all machines share"),
+        (([("instance", "other.png", "a dog")], True, ["--output_dir"]), "different pictures"),
+        (([], False, ["--output_dir"]), "not on all machines"),
+        (([], True, []), "--output_dir is .* not all machines share"),
     ],
 )
 def test_what_a_machine_lacks_is_said(script: ModuleType, tmp_path: Path, seen: Any, message: str) -> None:
@@ -326,7 +328,9 @@ def test_what_a_machine_lacks_is_said(script: ModuleType, tmp_path: Path, seen: 
 
 
 def test_replicas_need_no_shared_output_folder(script: ModuleType, tmp_path: Path) -> None:
-    check_machines(script, tmp_path, ([], True, False), DistributedType.MULTI_GPU, None)
+    check_machines(script, tmp_path, ([], True, []), DistributedType.MULTI_GPU, None)
+    with pytest.raises(script.UsageError, match=r"--class_data_dir is .* not all machines share"):
+        check_machines(script, tmp_path, ([], True, []), DistributedType.MULTI_GPU, None, with_prior_preservation=True)
 
 
 def test_a_missing_deepspeed_is_named(

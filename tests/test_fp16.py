@@ -74,3 +74,11 @@ def test_fp16_works_without_a_gpu_as_in_the_scripts_that_people_come_from(
     output = run(script, "--mixed_precision=fp16", "--max_train_steps=2", "--upcast_before_saving")
     assert torch.float16 in dtypes and len(logged) == 2
     assert all(tensor.dtype == torch.float32 for tensor in weights(script, output).values())
+
+
+def test_a_run_in_float32_goes_on_in_fp16(script: ModuleType, run: Run, logged: list[dict[str, float]]) -> None:
+    """Its checkpoint has no state of a scaler."""
+    run(script, "--max_train_steps=1", "--checkpointing_steps=1")
+    flags = ("--mixed_precision=fp16", "--max_train_steps=2", "--resume_from_checkpoint=latest")
+    output = run(script, *flags, "--checkpointing_steps=1")
+    assert len(logged) == 2 and (output / "checkpoint-2" / "scaler.pt").is_file()

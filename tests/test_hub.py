@@ -129,3 +129,12 @@ def test_a_token_that_is_refused_at_the_end_keeps_the_result(
         script, "train_and_save", lambda *args: (train_and_save(*args), setattr(hub, "token", "another"))
     )
     assert "401" in failed_push(script, run, hub) and (tmp_path / "out" / "README.md").is_file()
+
+
+def test_a_finished_run_that_is_pushed_later_has_a_card_that_names_the_repository(
+    script: ModuleType, run: Run, hub: HubState
+) -> None:
+    run(script, "--max_train_steps=3")
+    run(script, "--max_train_steps=3", "--resume_from_checkpoint=latest", *PUSH)
+    card = uploaded(hub)["README.md"].decode()
+    assert '("tester/sks-dog"' in card and "3 steps of" in card

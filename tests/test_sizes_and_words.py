@@ -115,13 +115,13 @@ def test_validation_pictures_may_have_another_size(script: ModuleType, run: Run)
 
 
 def test_the_trigger_word_stands_in_prompts_and_in_front_of_captions(script: ModuleType, sizes: Path) -> None:
-    for name, caption in {"a": "a dog on grass", "b": "a {trigger} dog", "c": "my sks dog"}.items():
+    for name, caption in {"a": "a dog who asks", "b": "a {trigger} dog", "c": "my sks dog"}.items():
         (sizes / f"{name}.txt").write_text(caption)
     flags = ["--caption_extension=.txt", "--trigger_word=sks", "--validation_prompt={trigger} at sea"]
     args = script.parse_args([*BASE, f"--instance_data_dir={sizes}", *flags, "--instance_prompt=a photo of {trigger}"])
     assert args.validation_prompt == ["sks at sea"]
     prompts = [picture.prompt for picture in script.list_pictures(args)["instance"]]
-    assert prompts == ["sks a dog on grass", "a sks dog", "my sks dog", "a photo of sks"]
+    assert prompts == ["sks a dog who asks", "a sks dog", "my sks dog", "a photo of sks"]
 
 
 def test_flags_may_stand_in_a_file_and_every_run_writes_its_own(script: ModuleType, run: Run, tmp_path: Path) -> None:
@@ -134,3 +134,6 @@ def test_flags_may_stand_in_a_file_and_every_run_writes_its_own(script: ModuleTy
     again = script.parse_args([f"@{output / 'flags.txt'}"])
     assert again.validation_prompt == ['a "sks" dog # 1', "b"] and again.resolution == [32, 64]
     assert script.flag_lines(again) == written.splitlines()
+    run(script, "--max_train_steps=1", "--instance_prompt=ein süßer\nHund")
+    assert (output / "earlier-1" / "flags.txt").read_text() == written
+    assert script.parse_args([f"@{output / 'flags.txt'}"]).instance_prompt == "ein süßer Hund"

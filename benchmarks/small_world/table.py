@@ -34,7 +34,7 @@ SCORES = ["fidelity", "seen_fidelity", "prompt", "preservation", "diversity", "s
 PAIRED = ["fidelity", "preservation"]  # also compared with the first row's, run by run
 COMMON = [
     "--train_batch_size=4", "--repeats=4",  # five pictures alone would make every other step one of a single picture
-    "--guidance_scale=1", "--center_crop", "--lr_scheduler=constant",  # not mirrored: the places of this world never are
+    "--guidance_scale=1", "--center_crop", "--lr_scheduler=constant",  # not mirrored, as the places never are
 ]  # fmt: skip
 LAYERS = Path(__file__).with_name("layers.txt").read_text().splitlines()[1]  # a flag; the demo has it too
 LORA = [*COMMON, "--rank=16", "--lora_alpha=16", "--learning_rate=1e-3", LAYERS]
