@@ -26,7 +26,8 @@ demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.small_world.draw demo/pictures --subject 0
 	ACCELERATE_USE_CPU=true $(LAUNCH) train_dreambooth_lora_flux.py \
 		--pretrained_model_name_or_path=benchmarks/small_world/checkpoint --instance_data_dir=demo/pictures \
-		--caption_extension=.txt --class_prompt="a photo of a dog" --prior_from_base_model --output_dir=demo/trained-lora \
+		--caption_extension=.txt --prior_from_base_model --trigger_word="sks dog" --class_word="a dog" \
+		--output_dir=demo/trained-lora \
 		--resolution=64 --center_crop --train_batch_size=4 --repeats=4 --max_sequence_length=16 --guidance_scale=1 \
 		--rank=16 --lora_alpha=16 --learning_rate=1e-3 @benchmarks/small_world/layers.txt --weighting_scheme=logit_normal \
 		--max_train_steps=400 --checkpointing_steps=200 --validation_steps=100 --validation_epochs=1000 --num_validation_images=1 \

@@ -2186,7 +2186,6 @@ def prepare_data(
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = [*dataset.prompts, *(picture.prompt for picture in held_out), *(args.validation_prompt or [])]
-    prompts += [args.class_prompt] if getattr(args, "prior_from_base_model", False) else []
     prompts = list(dict.fromkeys(prompts))
     with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))

@@ -285,7 +285,7 @@ class StepInputs:
     """All that the loss of a micro-batch may depend on, on the device.
 
     B is the number of pictures. With prior preservation the instance pictures come first, then as many class pictures;
-    with `--prior_from_base_model` the same pictures and noise again, with the class prompt.
+    with `--prior_from_base_model` the same pictures and noise again, with prompts of the class.
     """
 
     latents: Tensor  # (B, C, H, W), scaled
@@ -297,7 +297,7 @@ class StepInputs:
     loss_weights: Tensor  # of the instance pictures; over all micro-batches and processes of a step they sum to 1
     options: Namespace  # every flag by its name
     token_weights: Tensor | None = None  # (B, L), of masks, if there are any
-    base_pooled: Tensor | None = None  # of the class prompt, from an untrained CLIP; with --prior_from_base_model
+    base_pooled: Tensor | None = None  # of the class prompts, from an untrained CLIP; with --prior_from_base_model
 
 
 def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> StepInputs:
@@ -316,9 +316,10 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
         distribution = encode_pixels(data.vae, move(batch["pixels"]))
     prompts, token_weights = batch["prompts"], move(batch["token_weights"]) if "token_weights" in batch else None
     base_pooled: Tensor | None = None
-    if args.prior_from_base_model:  # the same draws once more, with the class prompt; a mask does not count there
-        prompts, draws = prompts + [args.class_prompt] * len(keys), draws * 2
-        base_pooled = move(data.prompts[args.class_prompt].pooled_prompt_embeds).expand(len(keys), -1)
+    if args.prior_from_base_model:  # the same draws once more, with prompts of the class; a mask does not count there
+        class_prompts = [class_prompt(args, prompt) for prompt in prompts]
+        prompts, draws = prompts + class_prompts, draws * 2
+        base_pooled = torch.stack([move(data.prompts[prompt].pooled_prompt_embeds) for prompt in class_prompts])
         distribution = LatentDistribution(*(torch.cat([part, part]) for part in distribution))
         if token_weights is not None:
             token_weights = torch.cat([token_weights, torch.ones_like(token_weights)])
@@ -341,6 +342,11 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
         token_weights=token_weights,
         base_pooled=base_pooled,
     )
+
+
+def class_prompt(args: Namespace, prompt: str) -> str:
+    """What the base is asked for beside a picture with this prompt, as its prior."""
+    return prompt.replace(args.trigger_word, args.class_word) if args.class_word else args.class_prompt
 
 
 # ======================================================================================================================
@@ -1168,8 +1174,9 @@ FLAGS = {
 }  # fmt: skip
 OWN_FLAGS = {  # of this script
     "prior preservation": [
-        Flag("--prior_from_base_model", bool, help="no class pictures: with --class_prompt predict what the base does",
-             needs=("--class_prompt",)),
+        Flag("--prior_from_base_model", bool, help="no class pictures: with --class_prompt predict what the base does"),
+        Flag("--class_word", help="instead of --class_prompt: each picture's prompt, with this for --trigger_word",
+             needs=("--trigger_word", "--prior_from_base_model")),
     ],
     "adapters": [
         Flag("--rank", int, 4, "rank of the adapters", ge=1, resume="refuse"),
@@ -1287,6 +1294,13 @@ def own_contradictions(args: Namespace) -> dict[str, Any]:
     return {
         "--prior_from_base_model is instead of --with_prior_preservation; give one of them":
             args.prior_from_base_model and args.with_prior_preservation,
+        "--prior_from_base_model needs --class_prompt, or --class_word with --trigger_word":
+            args.prior_from_base_model and not (args.class_prompt or args.class_word),
+        "--class_word is instead of --class_prompt; give one of them":
+            args.class_word and args.class_prompt,
+        "--class_word stands for the trigger word, which --instance_prompt lacks; write {trigger} there":
+            args.class_word and args.instance_prompt and "{trigger}" not in args.instance_prompt
+            and (args.trigger_word or "") not in args.instance_prompt,
         "--blocks_to_swap needs all blocks recomputed; leave --gradient_checkpointing_blocks out":
             args.blocks_to_swap and args.gradient_checkpointing_blocks is not None,
         "--use_dora with --train_text_encoder: diffusers loads no magnitudes into CLIP; leave one of them out":
@@ -2329,7 +2343,7 @@ def prepare_data(
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = [*dataset.prompts, *(picture.prompt for picture in held_out), *(args.validation_prompt or [])]
-    prompts += [args.class_prompt] if getattr(args, "prior_from_base_model", False) else []
+    prompts += [class_prompt(args, prompt) for prompt in dataset.prompts] if args.prior_from_base_model else []
     prompts = list(dict.fromkeys(prompts))
     with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))

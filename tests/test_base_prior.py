@@ -1,6 +1,7 @@
 """`--prior_from_base_model`: the target of the class prompt is what the model without adapters predicts."""
 
 import copy
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import train_dreambooth_lora_flux as script
 from conftest import Run
 
 PRIOR = ("--prior_from_base_model", "--class_prompt=a photo of a dog")
+WORDS = ("--trigger_word=sks dog", "--class_word=a dog")
 
 
 @pytest.fixture
@@ -116,12 +118,38 @@ def test_the_prior_is_of_clip_as_it_was(run: Run, losses: list[tuple[Tensor, scr
     assert (trained[3] - kept[0]).abs().max() > 1e-3
 
 
+def test_with_a_class_word_the_prior_has_each_pictures_own_prompt(
+    run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(pictures, tmp_path / "dogs"))
+    captions = [f"a photo of sks dog {where}" for where in ("on grass", "in snow", "at sea", "at night")]
+    for path, caption in zip(sorted(folder.iterdir()), captions, strict=False):  # the last has the instance prompt
+        path.with_suffix(".txt").write_text(caption)
+    prepare, seen = script.prepare_inputs, dict[str, str]()
+
+    def record(of: script.Run, batch: dict[str, Any], table: Tensor) -> script.StepInputs:
+        inputs = prepare(of, batch, table)
+        kept, pooled = inputs.prompt_embeds.chunk(2)[1], inputs.base_pooled
+        assert pooled is not None
+        for prompt, embeds, base in zip(batch["prompts"], kept, pooled, strict=True):
+            known = of.data.prompts.items()
+            [seen[prompt]] = [name for name, one in known if torch.equal(one.prompt_embeds, embeds)]
+            assert torch.equal(of.data.prompts[seen[prompt]].pooled_prompt_embeds, base)
+        return inputs
+
+    monkeypatch.setattr(script, "prepare_inputs", record)
+    flags = ["--caption_extension=.txt", f"--instance_data_dir={folder}", "--max_sequence_length=77"]
+    run(script, PRIOR[0], *WORDS, *flags, "--instance_prompt=a photo of {trigger}", "--max_train_steps=5")
+    expected = [*captions, "a photo of sks dog"]
+    assert seen == {prompt: prompt.replace("sks dog", "a dog") for prompt in expected}
+
+
 def test_a_mask_weighs_the_subject_alone() -> None:
     batch = {"keys": [SimpleNamespace(epoch=0, position=0)], "prompts": ["a"], "loss_weights": torch.ones(1)}
     batch |= {"latents": [torch.zeros(1, 16, 4, 4)] * 2, "token_weights": torch.tensor([[0.1, 1.0, 0.1, 1.0]])}
     args = Namespace(
-        prior_from_base_model=True, class_prompt="b", flow_shift=None, weighting_scheme="none", logit_mean=0.0,
-        logit_std=1.0, mode_scale=1.0, guidance_scale=1.0,
+        prior_from_base_model=True, class_prompt="b", class_word=None, flow_shift=None, weighting_scheme="none",
+        logit_mean=0.0, logit_std=1.0, mode_scale=1.0, guidance_scale=1.0,
     )  # fmt: skip
     embeds = {name: script.PromptEmbeds(torch.zeros(3, 8), torch.zeros(8), torch.zeros(77)) for name in "ab"}
     data = SimpleNamespace(prompts=embeds, scheduler_config=None, shift_factor=0.0, scaling_factor=1.0)
@@ -190,6 +218,9 @@ def test_it_is_one_kind_of_prior_or_the_other(capsys: pytest.CaptureFixture[str]
     for flags, words in (
         ([PRIOR[0]], "--prior_from_base_model needs --class_prompt"),
         ([*PRIOR, "--with_prior_preservation", "--class_data_dir=c"], "instead of --with_prior_preservation"),
+        ([*PRIOR, *WORDS], "--class_word is instead of --class_prompt"),
+        ([PRIOR[0], *WORDS], "--instance_prompt lacks; write {trigger}"),
+        ([PRIOR[0], WORDS[1]], "--class_word needs --trigger_word"),
     ):
         with pytest.raises(SystemExit):
             script.parse_args([*base, *flags])

@@ -40,15 +40,17 @@ LAYERS = Path(__file__).with_name("layers.txt").read_text().splitlines()[1]  # a
 LORA = [*COMMON, "--rank=16", "--lora_alpha=16", "--learning_rate=1e-3", LAYERS]
 FULL = [*COMMON, "--learning_rate=3e-4"]
 PRIOR = ["--with_prior_preservation", "--num_class_images=48", "--sample_batch_size=48"]
-BASE = ["--prior_from_base_model"]
+BASE = ["--prior_from_base_model", f"--trigger_word={RARE_WORD} KIND", "--class_word=a KIND"]
 CAPTIONS = ["--caption_extension=.txt"]  # which say the place
 OWN = ["--skip_final_inference", "--checkpointing_steps=100000"]  # not known to other scripts
 
 ROWS: dict[str, tuple[str, list[str], int]] = {  # name: script, its flags, pictures of the subject; later flags win
     "LoRA": ("lora", [*LORA, *BASE, *CAPTIONS], PICTURES),
     "LoRA, no prior": ("lora", [*LORA, *CAPTIONS], PICTURES),
+    "LoRA, one class prompt": ("lora", [*LORA, "--prior_from_base_model", *CAPTIONS], PICTURES),
     "LoRA, class pictures": ("lora", [*LORA, *PRIOR, *CAPTIONS], PICTURES),
     "LoRA, a prior of 0.3": ("lora", [*LORA, *BASE, *CAPTIONS, "--prior_loss_weight=0.3"], PICTURES),
+    "LoRA, mirrored": ("lora", [*LORA, *BASE, *CAPTIONS, "--random_flip"], PICTURES),
     "LoRA, no captions": ("lora", [*LORA, *BASE], PICTURES),
     "LoRA, masks": ("lora", [*LORA, *BASE, *CAPTIONS, "--mask_data_dir=MASKS"], PICTURES),
     "LoRA, 20 pictures": ("lora", [*LORA, *BASE, *CAPTIONS], 20),
@@ -111,9 +113,11 @@ def run_row(name: str, folder: Path, number: int, seed: int, steps: int) -> dict
     """Train and measure one row's way on one subject with one seed."""
     script, flags, count = ROWS[name]
     flags = [*world_flags(folder, number, count, steps, seed), *OWN, *flags]
-    needless = [] if "--with_prior_preservation" in flags else ["--class_data_dir"]
-    needless += [] if {"--with_prior_preservation", "--prior_from_base_model"} & {*flags} else ["--class_prompt"]
+    pictures, prompt = "--with_prior_preservation" in flags, {"--prior_from_base_model", BASE[-1]} & {*flags}
+    needless = [] if pictures else ["--class_data_dir"]
+    needless += [] if pictures or prompt == {"--prior_from_base_model"} else ["--class_prompt"]
     flags = [flag.replace("MASKS", str(folder / f"subject-{number}-{count}-masks")) for flag in flags]
+    flags = [flag.replace("KIND", draw.subject_looks(number).kind) for flag in flags]
     flags = [flag for flag in flags if flag.split("=")[0] not in needless]
     seconds = train(SCRIPTS[script], flags, folder)
     return measure(folder / "trained", number, seed) | {"seconds": round(seconds, 1)}
