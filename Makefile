@@ -37,7 +37,7 @@ demo: $(VENV)/installed
 	@test -s demo/trained-lora/pytorch_lora_weights.safetensors && test -s demo/trained-lora/image_0.png
 	@echo
 	@echo "It works: demo/trained-lora/contact_sheet.jpg shows any dog in its first row, and in its last the dog of demo/pictures,"
-	@echo "the first two columns in places where it was never photographed; the last column, \"a photo of a dog\", stays any dog."
+	@echo "the first two columns in places where it was never photographed; the last column, \"a photo of a dog\", stays another dog."
 	@echo "What a real run leaves behind lies in demo/trained-lora:"
 	@echo "  LoRA weights         demo/trained-lora/pytorch_lora_weights.safetensors"
 	@echo "  final pictures       demo/trained-lora/image_*.png"
