@@ -187,7 +187,7 @@ def train_and_save(
         (Path(args.output_dir) / FLAGS_FILE).write_text("\n".join(given) + "\n", encoding="utf-8")
     with StopSignals() as signals:
         with stage(args, accelerator, "Training"), logging_redirect_tqdm():
-            if state.step == 0 or owes_validation(run):
+            if state.step == 0 or state.owes_validation:
                 validate(run)
             train(run, schedule, signals)
         with stage(args, accelerator, "Saving the result"):
@@ -253,7 +253,7 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
             stop_run(run, signals.pending(), f"checkpoint-{state.step}")
         if due:
             validate(run)
-            state.owes_validation = False
+            mark_validated(run)
         total.zero_()
         start = time.perf_counter()
     progress.close()
@@ -773,12 +773,6 @@ def validate(run: Run) -> None:
                 run.accelerator.log(values, step=state.step)
         if draws:
             draw_validation_pictures(run)
-
-
-def owes_validation(run: Run) -> bool:
-    """Whether a checkpoint was written before a validation that was due, and its pictures are not there."""
-    there = (run.state.step, 0) in list_validation_pictures(Path(run.args.output_dir))
-    return run.state.owes_validation and not broadcast_object_list([there])[0]
 
 
 @torch.no_grad()
@@ -2594,6 +2588,7 @@ class Checkpoint(NamedTuple):
 
 
 STATE_FILE = "training_state.json"  # written last: a checkpoint folder without it is not whole
+VALIDATED_FILE = "validated"  # in a checkpoint: the validation that was due after it has been made
 FLAGS_FILE = "flags.txt"  # the flags of the last run, to be given as @flags.txt
 RESULT_FILE = "training_result.json"  # written last of all: without it a run is not finished
 LOCK_SECONDS = 60
@@ -2636,6 +2631,15 @@ def save_checkpoint(run: Run) -> None:
         earlier = [path for number, path in found if number < state.step and (path / STATE_FILE).is_file()]
         for path in earlier[: max(0, len(earlier) + 1 - args.checkpoints_total_limit)]:
             shutil.rmtree(path.rename(path.with_name(f".{path.name}{PARTIAL}")))  # never a half-deleted checkpoint
+
+
+def mark_validated(run: Run) -> None:
+    """Remember, in the checkpoint of this step too, that its validation need not be made up."""
+    run.state.owes_validation = False
+    folder = Path(run.args.output_dir) / f"checkpoint-{run.state.step}"
+    if run.accelerator.is_main_process and folder.is_dir():
+        with warn_if_unwritable("The mark of a validation"):
+            (folder / VALIDATED_FILE).touch()
 
 
 def register_state_hooks(accelerator: Accelerator) -> None:
@@ -2728,6 +2732,8 @@ def load_checkpoint(run: Run, resumed: Checkpoint) -> list[str]:
     if trained.ema is not None:  # which came back on the CPU, with the decay that it had
         trained.ema.to(run.accelerator.device)
         trained.ema.decay = args.ema_decay
+    if (folder / VALIDATED_FILE).exists():
+        run.state.owes_validation = False
     kept = "everything" if fits else "the weights and the schedule, not the optimizer's state"
     logger.info(f"Resuming from {folder} at step {run.state.step} of {args.max_train_steps}, with {kept}")
     if changes:
@@ -2910,10 +2916,8 @@ def set_aside(args: Namespace, resumed: Checkpoint | None, step: int, changed: b
     own = resumed is not None and resumed.folder.resolve().parent == output.resolve()
     step = step if own else 0
     other_pictures = resumed is None or not own or bool(changed_flags(resumed.metadata["args"], args, "pictures"))
-    patterns = [
-        *(ON_REQUEST if own and not changed else [*RESULTS, FLAGS_FILE]),
-        *([SHEET_FILE] if other_pictures else []),
-    ]
+    patterns = [*(ON_REQUEST if own and not changed else RESULTS), *([SHEET_FILE] if other_pictures else [])]
+    patterns += [] if own else [FLAGS_FILE]
     left = [path for pattern in patterns for path in output.glob(pattern)]
     left += [path for number, path in list_checkpoints(output).items() if number > step]
     drawn = list_validation_pictures(output).items()
