@@ -63,6 +63,10 @@ def test_lora_teaches_a_subject_and_keeps_the_rest(tmp_path: Path) -> None:
     assert trained["preservation"] > 0.8 and trained["prompt"] > 0.7, trained
 
 
+def scores_of(value: float) -> dict[str, float]:
+    return dict.fromkeys([*table.SCORES, "seconds"], value)
+
+
 def test_the_table_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     def run_until(most: int) -> list[tuple[str, int, int]]:
         calls: list[tuple[str, int, int]] = []
@@ -71,7 +75,7 @@ def test_the_table_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
             if len(calls) == most:
                 raise KeyboardInterrupt
             calls.append((name, number, seed))
-            return dict.fromkeys(table.SCORES, 0.5 + seed / 10 + (0.1 if name == "b" else 0))
+            return scores_of(0.5 + seed / 10 + (0.1 if name == "b" else 0))
 
         args = argparse.Namespace(folder=tmp_path, subjects=2, seeds=2, steps=10)
         with pytest.raises(KeyboardInterrupt) if most < 8 else contextlib.nullcontext():
@@ -84,7 +88,7 @@ def test_the_table_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 8
     rows = (tmp_path / "table-10.md").read_text().splitlines()[2:]
     assert [row[:23] for row in rows] == ["| a | 4 | 0.55 ± 0.06 |", "| b | 4 | 0.65 ± 0.06 |"]
-    assert rows[1].endswith("| +0.10 ± 0.00 | +0.10 ± 0.00 |")
+    assert rows[1].endswith("| +0.10 ± 0.00 | +0.10 ± 0.00 | 1 |")
 
 
 def test_two_scripts_get_the_same_command_which_both_know(
@@ -99,7 +103,7 @@ def test_two_scripts_get_the_same_command_which_both_know(
         return 1.0
 
     monkeypatch.setattr(compare, "train", train)
-    monkeypatch.setattr(compare, "measure", lambda *_: dict.fromkeys(table.SCORES, len(calls) / 10))
+    monkeypatch.setattr(compare, "measure", lambda *_: scores_of(len(calls) / 10))
     arguments = ["compare", "theirs.py", f"--folder={tmp_path}", "--subjects=2", "--seeds=1", "--flags", "--rank=4"]
     monkeypatch.setattr("sys.argv", arguments)
     compare.main()
@@ -113,11 +117,23 @@ def test_two_scripts_get_the_same_command_which_both_know(
 
 def test_a_row_is_compared_run_by_run() -> None:
     """By subject: the two seeds of subject 0 are one difference of 0.2, subject 1's is 0.4."""
-    first = {key: dict.fromkeys(table.SCORES, 0.2) for key in ((0, 0), (0, 1), (1, 0), (2, 0))}
-    second = {key: dict.fromkeys(table.SCORES, value) for key, value in (((0, 0), 0.3), ((0, 1), 0.5), ((1, 0), 0.6))}
+    first = {key: scores_of(0.2) for key in ((0, 0), (0, 1), (1, 0), (2, 0))}
+    second = {key: scores_of(value) for key, value in (((0, 0), 0.3), ((0, 1), 0.5), ((1, 0), 0.6))}
     cells = [cell.strip() for cell in table.row_of("x", second, first).split("|")[2:-1]]
-    assert cells == ["3", *["0.47 ± 0.15"] * 5, "0 ± 0", *["+0.30 ± 0.10"] * 2]
+    assert cells == ["3", *["0.47 ± 0.15"] * 5, *["+0.30 ± 0.10"] * 2, "0"]
     assert table.row_of("x", second, {}).count("|") == table.header().splitlines()[0].count("|")
+
+
+def test_the_tables_are_those_of_the_runs() -> None:
+    """runs.jsonl is what `table` wrote: to go on from it, copy it into a folder and name that."""
+    runs = table.read_runs(Path(table.__file__).with_name("runs.jsonl"), table.TRAINING_STEPS)
+    rows = {table.row_of(name, of, runs["LoRA"]).rpartition("| ")[0] + "|" for name, of in runs.items()}  # no seconds
+    columns = table.header().splitlines()[0].count("|") - 1
+    shown = {}
+    for name in ("README.md", "benchmarks/results.md"):
+        lines = (table.ROOT / name).read_text().splitlines()
+        shown[name] = {line for line in lines if line.startswith(("| LoRA", "| full")) and line.count("|") == columns}
+    assert len(shown["README.md"]) > 5 and shown["README.md"] <= rows and shown["benchmarks/results.md"] == rows
 
 
 def test_a_mirrored_picture_is_read_too() -> None:

@@ -30,7 +30,7 @@ SCRIPTS = {"lora": ROOT / "train_dreambooth_lora_flux.py", "full": ROOT / "train
 TRAINING_STEPS = 500
 PICTURES = 5
 Runs = dict[tuple[int, int], dict[str, float]]  # by subject and seed
-SCORES = ["fidelity", "seen_fidelity", "prompt", "preservation", "diversity", "seconds"]
+SCORES = ["fidelity", "seen_fidelity", "prompt", "preservation", "diversity"]
 PAIRED = ["fidelity", "preservation"]  # also compared with the first row's, run by run
 COMMON = [
     "--train_batch_size=4", "--repeats=4",  # five pictures alone would make every other step one of a single picture
@@ -124,15 +124,16 @@ def run_row(name: str, folder: Path, number: int, seed: int, steps: int) -> dict
 
 
 def row_of(name: str, runs: Runs, first: Runs) -> str:
-    """A line of the table: number of runs, mean and standard deviation of each score, and what is more than `first`'s.
+    """A line of the table: number of runs, mean and standard deviation of each score, what is more than `first`'s.
 
     That is the mean over the subjects of the difference to runs of the same subject and seed, and its standard error.
+    Last come the seconds, their median.
     """
     cells = [str(len(runs))]
     for column in SCORES:
-        values, digits = [run[column] for run in runs.values()], 0 if column == "seconds" else 2
-        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-        cells.append(f"{np.mean(values):.{digits}f}{spread}")
+        values = [run[column] for run in runs.values()]
+        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.2f}{spread}")
     for column in PAIRED:
         gains: dict[int, list[float]] = {}
         for subject, seed in runs.keys() & first.keys():
@@ -140,21 +141,29 @@ def row_of(name: str, runs: Runs, first: Runs) -> str:
         means = [np.mean(values) for values in gains.values()]
         spread = f" ± {np.std(means, ddof=1) / np.sqrt(len(means)):.2f}" if len(means) > 1 else ""
         cells.append(f"{np.mean(means):+.2f}{spread}" if means else "")
+    cells.append(f"{np.median([run['seconds'] for run in runs.values()]):.0f}")
     return f"| {name} | {' | '.join(cells)} |\n"
 
 
 def header() -> str:
-    columns = ["runs", *(name.replace("_", " ") for name in SCORES), *(f"more {name}" for name in PAIRED)]
+    columns = ["runs", *(name.replace("_", " ") for name in SCORES), *(f"more {name}" for name in PAIRED), "seconds"]
     return f"| | {' | '.join(columns)} |\n|---{'|---:' * len(columns)}|\n"
+
+
+def read_runs(log: Path, steps: int) -> dict[str, Runs]:
+    """The runs of so many steps that a `runs.jsonl` holds, by row; none if there is no such file."""
+    found: dict[str, Runs] = {}
+    for line in map(json.loads, log.read_text().splitlines() if log.exists() else []):
+        if line["steps"] == steps:
+            found.setdefault(line["row"], {})[line["subject"], line["seed"]] = line["scores"]
+    return found
 
 
 def make_rows(args: argparse.Namespace, names: list[str], run_one: Callable[..., dict[str, float]] = run_row) -> None:
     """Do every run that `runs.jsonl` lacks, all rows in turn, and write the table anew after each subject."""
     args.folder.mkdir(parents=True, exist_ok=True)
-    log, done = args.folder / "runs.jsonl", {name: Runs() for name in names}
-    for line in map(json.loads, log.read_text().splitlines() if log.exists() else []):
-        if line["steps"] == args.steps:
-            done.setdefault(line["row"], {})[line["subject"], line["seed"]] = line["scores"]
+    log = args.folder / "runs.jsonl"
+    done = {name: Runs() for name in names} | read_runs(log, args.steps)
     for seed, number in itertools.product(range(args.seeds), range(args.subjects)):
         for name in names:
             if (number, seed) not in (runs := done[name]):
