@@ -2917,11 +2917,11 @@ def set_aside(args: Namespace, resumed: Checkpoint | None, step: int, changed: b
     step = step if own else 0
     other_pictures = resumed is None or not own or bool(changed_flags(resumed.metadata["args"], args, "pictures"))
     patterns = [*(ON_REQUEST if own and not changed else RESULTS), *([SHEET_FILE] if other_pictures else [])]
-    patterns += [] if own else [FLAGS_FILE]
     left = [path for pattern in patterns for path in output.glob(pattern)]
     left += [path for number, path in list_checkpoints(output).items() if number > step]
     drawn = list_validation_pictures(output).items()
     left += [path for (number, _), path in drawn if number > (-1 if other_pictures else step)]
+    left += output.glob(FLAGS_FILE) if left and not own else []
     if left:
         free = (output / f"earlier-{number}" for number in itertools.count(1))
         folder = next(path for path in free if not path.exists())
