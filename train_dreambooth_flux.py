@@ -140,12 +140,12 @@ def main(args: Namespace) -> None:
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)  # draws the class pictures that are missing
     given = flag_lines(args)
     resolve_steps(args, accelerator, dataset, state)
-    took = broadcast_object_list([finished_seconds(args, dataset)])[0]
-    if took is not None:
+    finished = broadcast_object_list([finished_state(args, dataset)])[0]
+    if finished is not None:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         if args.push_to_hub and accelerator.is_main_process:
-            done = replace(state, step=args.max_train_steps, seconds=took)
-            write_model_card(args, accelerator, repo_id, pictures, done)  # it names the repository
+            with warn_if_unwritable("The model card"):  # it names the repository
+                write_model_card(args, accelerator, repo_id, pictures, finished)
             push_to_hub(args, repo_id)
         end_training(accelerator)
         return
@@ -1150,20 +1150,18 @@ def problems(args: Namespace) -> Iterator[str]:
             or any(int(side) % PIXELS_PER_TOKEN for side in re.findall(r"\d+", args.validation_resolution or "")),
         "{trigger} in a prompt stands for --trigger_word; give it":
             not args.trigger_word and any("{trigger}" in prompt for prompt in prompts),
-        "--mask_data_dir and --alpha_mask are both given; give one of them":
-            args.mask_data_dir and args.alpha_mask,
+        "--mask_data_dir and --alpha_mask are both given; give one of them": args.mask_data_dir and args.alpha_mask,
         "--mask_data_dir needs --instance_data_dir; for a dataset give --alpha_mask":
             args.mask_data_dir and args.dataset_name,
         "--validation_steps needs --validation_prompt or --validation_loss":
             args.validation_steps and not (args.validation_prompt or args.validation_loss),
-        f"--optimizer is {args.optimizer!r}; give {', '.join(OPTIMIZERS)}":
-            not known,
+        f"--optimizer is {args.optimizer!r}; give {', '.join(OPTIMIZERS)}": not known,
         f"{optimizer} needs the package {package}: pip install {package}":
             package not in ("torch", "transformers") and find_spec(package) is None,
         "prodigy needs --learning_rate, for example 1, and --adam_epsilon above 0":
-            args.optimizer.lower() == "prodigy" and not (args.learning_rate and args.adam_epsilon),
-        "--lr_scheduler=polynomial ends at 1e-7; give a higher --learning_rate and --text_encoder_lr":
-            args.lr_scheduler == "polynomial" and not args.learning_rate > 1e-7,
+            package == "prodigyopt" and not (args.learning_rate and args.adam_epsilon),
+        f"--learning_rate is {args.learning_rate}, and --lr_scheduler=polynomial ends at 1e-7; give more":
+            args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
         "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'":
             args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules,
         f"--lr_step_rules is {rules!r}; give factor:step,...,factor, such as '1:100,0.1:300,0.01'":
@@ -1517,14 +1515,18 @@ def report_pictures(source: str, pictures: list[Picture], sizes: list[Size]) -> 
     logger.info("\n  ".join(rows))
 
 
+def word_pattern(word: str) -> re.Pattern[str]:
+    """Finds `word`, but not as a part of others: no "sks" in "desks"."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+
+
 def with_trigger(args: Namespace, picture: Picture) -> Picture:
     """The picture, `--trigger_word` in its caption: in the place of {trigger}, or in front where it is missing."""
     word = args.trigger_word
     if not word or picture.prompt == args.instance_prompt:
         return picture
     caption = picture.prompt.replace("{trigger}", word)
-    is_there = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption)
-    return replace(picture, prompt=caption if is_there else f"{word} {caption}")
+    return replace(picture, prompt=caption if word_pattern(word).search(caption) else f"{word} {caption}")
 
 
 def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
@@ -2961,8 +2963,8 @@ def unlock_folder() -> None:
         HELD.pop().release()
 
 
-def finished_seconds(args: Namespace, dataset: DreamBoothDataset) -> float | None:
-    """How long the run took that `latest` would go on with, if it is done, and no picture or flag that matters changed.
+def finished_state(args: Namespace, dataset: DreamBoothDataset) -> RunState | None:
+    """The end of the run that `latest` would go on with, if it is done, and no picture or flag that matters changed.
 
     A checkpoint cannot tell: the last one may be long before the end.
     """
@@ -2973,14 +2975,15 @@ def finished_seconds(args: Namespace, dataset: DreamBoothDataset) -> float | Non
     changed = changed_flags(before, args, "result", "pictures", "warn", "refuse")
     pictures = fingerprint(dataset.sources)
     same = not changed and before.get("training pictures", pictures) == pictures
-    return before.get("seconds", 0.0) if same and args.resume_from_checkpoint == "latest" else None
+    earlier = {"step": args.max_train_steps, "seed": before.get("seed")}  # of versions that did not write the state
+    return RunState(**before.get("state", earlier)) if same and args.resume_from_checkpoint == "latest" else None
 
 
 def mark_finished(args: Namespace, dataset: DreamBoothDataset, state: RunState) -> None:
     """Write the last file of a run, unless a picture that the flags ask for is missing."""
     if all((Path(args.output_dir) / name).exists() for name in final_pictures(args)):
         partial = Path(args.output_dir) / f".{RESULT_FILE}{PARTIAL}"
-        content = settings(args) | {"training pictures": fingerprint(dataset.sources), "seconds": state.seconds}
+        content = settings(args) | {"training pictures": fingerprint(dataset.sources), "state": asdict(state)}
         partial.write_text(json.dumps(content, indent=2) + "\n")
         replace_path(partial, Path(args.output_dir) / RESULT_FILE)
 

@@ -146,12 +146,12 @@ def main(args: Namespace) -> None:
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)  # draws the class pictures that are missing
     given = flag_lines(args)
     resolve_steps(args, accelerator, dataset, state)
-    took = broadcast_object_list([finished_seconds(args, dataset)])[0]
-    if took is not None:
+    finished = broadcast_object_list([finished_state(args, dataset)])[0]
+    if finished is not None:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         if args.push_to_hub and accelerator.is_main_process:
-            done = replace(state, step=args.max_train_steps, seconds=took)
-            write_model_card(args, accelerator, repo_id, pictures, done)  # it names the repository
+            with warn_if_unwritable("The model card"):  # it names the repository
+                write_model_card(args, accelerator, repo_id, pictures, finished)
             push_to_hub(args, repo_id)
         end_training(accelerator)
         return
@@ -346,7 +346,9 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
 
 def class_prompt(args: Namespace, prompt: str) -> str:
     """What the base is asked for beside a picture with this prompt, as its prior."""
-    return prompt.replace(args.trigger_word, args.class_word) if args.class_word else args.class_prompt
+    if args.class_word:
+        return word_pattern(args.trigger_word).sub(lambda _: args.class_word, prompt)
+    return args.class_prompt
 
 
 # ======================================================================================================================
@@ -1168,7 +1170,7 @@ FLAGS = {
 }  # fmt: skip
 OWN_FLAGS = {  # of this script
     "prior preservation": [
-        Flag("--prior_from_base_model", bool, help="no class pictures: with --class_prompt predict what the base does"),
+        Flag("--prior_from_base_model", bool, help="no class pictures: predict what the base does for the class"),
         Flag("--class_word", help="instead of --class_prompt: each picture's prompt, with this for --trigger_word",
              needs=("--trigger_word", "--prior_from_base_model")),
     ],
@@ -1239,20 +1241,18 @@ def problems(args: Namespace) -> Iterator[str]:
             or any(int(side) % PIXELS_PER_TOKEN for side in re.findall(r"\d+", args.validation_resolution or "")),
         "{trigger} in a prompt stands for --trigger_word; give it":
             not args.trigger_word and any("{trigger}" in prompt for prompt in prompts),
-        "--mask_data_dir and --alpha_mask are both given; give one of them":
-            args.mask_data_dir and args.alpha_mask,
+        "--mask_data_dir and --alpha_mask are both given; give one of them": args.mask_data_dir and args.alpha_mask,
         "--mask_data_dir needs --instance_data_dir; for a dataset give --alpha_mask":
             args.mask_data_dir and args.dataset_name,
         "--validation_steps needs --validation_prompt or --validation_loss":
             args.validation_steps and not (args.validation_prompt or args.validation_loss),
-        f"--optimizer is {args.optimizer!r}; give {', '.join(OPTIMIZERS)}":
-            not known,
+        f"--optimizer is {args.optimizer!r}; give {', '.join(OPTIMIZERS)}": not known,
         f"{optimizer} needs the package {package}: pip install {package}":
             package not in ("torch", "transformers") and find_spec(package) is None,
         "prodigy needs --learning_rate, for example 1, and --adam_epsilon above 0":
-            args.optimizer.lower() == "prodigy" and not (args.learning_rate and args.adam_epsilon),
-        "--lr_scheduler=polynomial ends at 1e-7; give a higher --learning_rate and --text_encoder_lr":
-            args.lr_scheduler == "polynomial" and not args.learning_rate > 1e-7,
+            package == "prodigyopt" and not (args.learning_rate and args.adam_epsilon),
+        f"--learning_rate is {args.learning_rate}, and --lr_scheduler=polynomial ends at 1e-7; give more":
+            args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
         "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'":
             args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules,
         f"--lr_step_rules is {rules!r}; give factor:step,...,factor, such as '1:100,0.1:300,0.01'":
@@ -1294,7 +1294,7 @@ def own_contradictions(args: Namespace) -> dict[str, Any]:
             args.class_word and args.class_prompt,
         "--class_word stands for the trigger word, which --instance_prompt lacks; write {trigger} there":
             args.class_word and args.instance_prompt and "{trigger}" not in args.instance_prompt
-            and (args.trigger_word or "") not in args.instance_prompt,
+            and not word_pattern(args.trigger_word or "").search(args.instance_prompt),
         "--blocks_to_swap needs all blocks recomputed; leave --gradient_checkpointing_blocks out":
             args.blocks_to_swap and args.gradient_checkpointing_blocks is not None,
         "--use_dora with --train_text_encoder: diffusers loads no magnitudes into CLIP; leave one of them out":
@@ -1611,14 +1611,18 @@ def report_pictures(source: str, pictures: list[Picture], sizes: list[Size]) -> 
     logger.info("\n  ".join(rows))
 
 
+def word_pattern(word: str) -> re.Pattern[str]:
+    """Finds `word`, but not as a part of others: no "sks" in "desks"."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+
+
 def with_trigger(args: Namespace, picture: Picture) -> Picture:
     """The picture, `--trigger_word` in its caption: in the place of {trigger}, or in front where it is missing."""
     word = args.trigger_word
     if not word or picture.prompt == args.instance_prompt:
         return picture
     caption = picture.prompt.replace("{trigger}", word)
-    is_there = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption)
-    return replace(picture, prompt=caption if is_there else f"{word} {caption}")
+    return replace(picture, prompt=caption if word_pattern(word).search(caption) else f"{word} {caption}")
 
 
 def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
@@ -3151,8 +3155,8 @@ def unlock_folder() -> None:
         HELD.pop().release()
 
 
-def finished_seconds(args: Namespace, dataset: DreamBoothDataset) -> float | None:
-    """How long the run took that `latest` would go on with, if it is done, and no picture or flag that matters changed.
+def finished_state(args: Namespace, dataset: DreamBoothDataset) -> RunState | None:
+    """The end of the run that `latest` would go on with, if it is done, and no picture or flag that matters changed.
 
     A checkpoint cannot tell: the last one may be long before the end.
     """
@@ -3163,14 +3167,15 @@ def finished_seconds(args: Namespace, dataset: DreamBoothDataset) -> float | Non
     changed = changed_flags(before, args, "result", "pictures", "warn", "refuse")
     pictures = fingerprint(dataset.sources)
     same = not changed and before.get("training pictures", pictures) == pictures
-    return before.get("seconds", 0.0) if same and args.resume_from_checkpoint == "latest" else None
+    earlier = {"step": args.max_train_steps, "seed": before.get("seed")}  # of versions that did not write the state
+    return RunState(**before.get("state", earlier)) if same and args.resume_from_checkpoint == "latest" else None
 
 
 def mark_finished(args: Namespace, dataset: DreamBoothDataset, state: RunState) -> None:
     """Write the last file of a run, unless a picture that the flags ask for is missing."""
     if all((Path(args.output_dir) / name).exists() for name in final_pictures(args)):
         partial = Path(args.output_dir) / f".{RESULT_FILE}{PARTIAL}"
-        content = settings(args) | {"training pictures": fingerprint(dataset.sources), "seconds": state.seconds}
+        content = settings(args) | {"training pictures": fingerprint(dataset.sources), "state": asdict(state)}
         partial.write_text(json.dumps(content, indent=2) + "\n")
         replace_path(partial, Path(args.output_dir) / RESULT_FILE)
 

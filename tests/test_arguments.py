@@ -224,7 +224,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("--logit_std=0", ["--logit_std", "0.0", "above 0"]),
     ("--optimizer=prodigy --learning_rate=0", ["prodigy", "--learning_rate"]),
     ("--optimizer=Prodigy --learning_rate=1 --adam_epsilon=0", ["prodigy", "--adam_epsilon"]),
-    ("--lr_scheduler=polynomial --learning_rate=1e-7", ["--lr_scheduler=polynomial", "--learning_rate"]),
+    ("--lr_scheduler=polynomial --learning_rate=1e-7", ["--lr_scheduler=polynomial", "--learning_rate is 1e-07"]),
 ]
 REFUSED_ADAPTERS: list[tuple[str, list[str]]] = [
     ("--rank=0", ["--rank", "0", "1 or more"]),

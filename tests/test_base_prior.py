@@ -122,7 +122,7 @@ def test_with_a_class_word_the_prior_has_each_pictures_own_prompt(
     run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(pictures, tmp_path / "dogs"))
-    captions = [f"a photo of sks dog {where}" for where in ("on grass", "in snow", "at sea", "at night")]
+    captions = [f"a photo of sks dog {where}" for where in ("on grass", "in snow", "at sea", "beside desks")]
     for path, caption in zip(sorted(folder.iterdir()), captions, strict=False):  # the last has the instance prompt
         path.with_suffix(".txt").write_text(caption)
     prepare, seen = script.prepare_inputs, dict[str, str]()
@@ -142,6 +142,8 @@ def test_with_a_class_word_the_prior_has_each_pictures_own_prompt(
     run(script, PRIOR[0], *WORDS, *flags, "--instance_prompt=a photo of {trigger}", "--max_train_steps=5")
     expected = [*captions, "a photo of sks dog"]
     assert seen == {prompt: prompt.replace("sks dog", "a dog") for prompt in expected}
+    args = Namespace(trigger_word="sks", class_word=r"a\1", class_prompt=None)
+    assert script.class_prompt(args, "sks dog beside desks") == r"a\1 dog beside desks"
 
 
 def test_a_mask_weighs_the_subject_alone() -> None:

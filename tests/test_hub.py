@@ -1,5 +1,6 @@
 """The push, on a stand-in of the Hub: what is uploaded, and where the token goes."""
 
+import json
 import shlex
 from pathlib import Path
 from types import ModuleType
@@ -134,7 +135,10 @@ def test_a_token_that_is_refused_at_the_end_keeps_the_result(
 def test_a_finished_run_that_is_pushed_later_has_a_card_that_names_the_repository(
     script: ModuleType, run: Run, hub: HubState
 ) -> None:
-    run(script, "--max_train_steps=3")
+    output = run(script, "--max_train_steps=3", "--seed=5")
+    mark = json.loads((output / script.RESULT_FILE).read_text())
+    mark |= {"seed": None}  # as if it had been drawn
+    (output / script.RESULT_FILE).write_text(json.dumps(mark))
     run(script, "--max_train_steps=3", "--resume_from_checkpoint=latest", *PUSH)
     card = uploaded(hub)["README.md"].decode()
-    assert '("tester/sks-dog"' in card and "3 steps of" in card
+    assert '("tester/sks-dog"' in card and "3 steps of" in card and "seed 5\n" in card
