@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,3 +178,17 @@ def test_several_prompts_and_unset_flags_are_told_to_the_tracker(script: ModuleT
     output = run(script, *prompts, "--validation_num_inference_steps=1", "--report_to=tensorboard")
     written = b"".join(path.read_bytes() for path in output.glob("logs/**/*tfevents*"))
     assert b'["a dog", "a cat"]' in written
+
+
+def test_a_tracker_gets_pictures_as_it_takes_them(script: ModuleType) -> None:
+    """wandb takes lists; others, such as aim, one picture a name; some take none."""
+    got: dict[str, dict] = {}
+    trackers = [SimpleNamespace(name="mlflow")]
+    for name in ("wandb", "aim"):
+        trackers.append(
+            SimpleNamespace(name=name, log_images=lambda values, step, name=name: got.update({name: values}))
+        )
+    pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), "red")]
+    script.log_pictures(SimpleNamespace(trackers=trackers), "test", pictures, 3)
+    assert got == {"wandb": {"test": pictures}, "aim": {"test_0": pictures[0], "test_1": pictures[1]}}
+    assert len(trackers) == 3
