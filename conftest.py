@@ -13,8 +13,14 @@ from types import ModuleType
 
 HOME = tempfile.mkdtemp(prefix="flux-tests-")  # before anything of Hugging Face is imported: no user's cache is touched
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")  # as the user chose, for the tests that use a GPU
+OURS = ("ACCELERATE_", "FSDP_", "HF_", "HUGGINGFACE_", "PYTORCH_", "TORCHELASTIC_", "WANDB_")
+JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+for name in [name for name in os.environ if name.startswith(OURS) or name in JOB]:  # however the tests were started
+    del os.environ[name]
 os.environ.update(
     HF_HOME=HOME,
+    XDG_CACHE_HOME=HOME,
+    WANDB_CACHE_DIR=HOME,
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     ACCELERATE_USE_CPU="true",
@@ -34,6 +40,8 @@ import random_flux  # noqa: E402
 import train_dreambooth_flux  # noqa: E402
 import train_dreambooth_lora_flux  # noqa: E402
 from tests.local_hub import HubState, serve  # noqa: E402
+
+os.fsync = lambda fd: None  # nothing here outlives the machine, and a disk takes milliseconds for each
 
 SCRIPTS = {"full": train_dreambooth_flux, "lora": train_dreambooth_lora_flux}
 Run = Callable[..., Path]
@@ -58,7 +66,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("script", [SCRIPTS[kind] for kind in kinds], ids=kinds)
 
 
-LONGEST = ("engines", "signals", "processes", "faults", "memory", "resume", "learning")  # about a minute each
+LONGEST = (  # from two minutes to twenty seconds
+    "simulate", "signals", "engines", "small_world", "memory", "resume", "memory_plan", "faults", "reuse", "learning",
+    "processes",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

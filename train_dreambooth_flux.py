@@ -86,6 +86,7 @@ import transformers
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
@@ -107,7 +108,7 @@ from diffusers.training_utils import (
     compute_loss_weighting_for_sd3,
 )
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, ModelCard, ModelCardData, load_torch_model, save_torch_state_dict
+from huggingface_hub import HfApi, ModelCard, ModelCardData, load_torch_model, save_torch_state_dict, snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
@@ -144,8 +145,8 @@ def main(args: Namespace) -> None:
     if finished is not None:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         if args.push_to_hub and accelerator.is_main_process:
-            with warn_if_unwritable("The model card"):  # it names the repository
-                write_model_card(args, accelerator, repo_id, pictures, finished)
+            with warn_if_unwritable("The model card"):
+                name_repository(args, repo_id)
             push_to_hub(args, repo_id)
         end_training(accelerator)
         return
@@ -179,30 +180,31 @@ def train_and_save(
     """Load the transformer, go on from a checkpoint, train, save the result; the memory of all that is free after."""
     with stage(args, accelerator, "Loading the transformer"):
         trained = prepare_training(args, accelerator, data, resumed, state.seed)
-    run = Run(args, accelerator, data, trained, state)
+    run = Run(args, accelerator, data, trained, state, StopSignals())
     changes = [] if resumed is None else load_checkpoint(run, resumed)
     schedule = make_schedule(args, accelerator, data.dataset, state)
     if accelerator.is_main_process:
         set_aside(args, resumed, state.step, changed=bool(changes))
-        (Path(args.output_dir) / FLAGS_FILE).write_text("\n".join(given) + "\n", encoding="utf-8")
-    with StopSignals() as signals:
+        with warn_if_unwritable(FLAGS_FILE):
+            write_file(Path(args.output_dir) / FLAGS_FILE, "\n".join(given) + "\n")
+    with run.signals as signals:
         with stage(args, accelerator, "Training"), logging_redirect_tqdm():
             if state.step == 0 or state.owes_validation:
                 validate(run)
-            train(run, schedule, signals)
+            train(run, schedule)
         with stage(args, accelerator, "Saving the result"):
             dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
             partial = Path(args.output_dir) / f".results{PARTIAL}"
             with cleanup_on_failure(args, "the result", partial, 4 * trained.size), trained.averaged():
                 save_results(args, accelerator, trained, dtype)
-        if any(gather_object([signals.pending()])):
+        if run.asked_to_stop():
             save_checkpoint(run)  # so that resuming only draws pictures and writes the card
             stop_run(run, signals.pending(), f"the result and checkpoint-{state.step}")
     accelerator.free_memory()
     accelerator._custom_objects.clear()  # the average
 
 
-def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
+def train(run: Run, schedule: MicroBatches) -> None:
     """The loop: from `state.step` to `schedule.last_step`, with validation and checkpoints on the way."""
     args, accelerator, trained, state = run.args, run.accelerator, run.trained, run.state
     loader = DataLoader(
@@ -210,7 +212,6 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
         batch_sampler=schedule,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
-        generator=generator_for(state.seed, "loader"),
         worker_init_fn=ignore_signals,
     )
     sigma_table = load_scheduler(args).sigmas
@@ -218,16 +219,19 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
     progress = Progress(run, schedule)
     batches = ((batch["keys"][0], prepare_inputs(run, batch, sigma_table)) for batch in loader)
     upcoming = next(batches, None)
+    models: list[Any] = trained.models
     while upcoming is not None:
         key, inputs = upcoming
-        with accumulate(accelerator, trained.models, key.last):
-            # What still draws from the global generator, dropout, is repeatable too.
-            torch.manual_seed(generator_for(state.seed, "dropout", key.epoch, key.position).initial_seed())
-            if trained.text_encoder is not None:
-                inputs.pooled_prompt_embeds = pool_with_clip(trained.text_encoder, inputs.pooled_prompt_embeds)
-            loss = training_loss(trained.transformer, inputs)
-            backward(run, loss)
-            total[0] += loss.detach()
+        accelerator.sync_gradients = key.last
+        for model in models:  # DDP shares gradients at the end of a step only; FSDP2 and ZeRO, which hold parts, always
+            model.require_backward_grad_sync = key.last
+        # What still draws from the global generator, dropout, is repeatable too.
+        torch.manual_seed(generator_for(state.seed, "dropout", key.epoch, key.position).initial_seed())
+        if trained.text_encoder is not None:
+            inputs.pooled_prompt_embeds = trained.text_encoder(inputs.pooled_prompt_embeds).pooler_output
+        loss = training_loss(trained.transformer, inputs)
+        backward(run, loss)
+        total[0] += loss.detach()
         if not key.last:
             upcoming = next(batches, None)
             continue
@@ -239,7 +243,7 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
             trained.ema.step(trained.parameters)
         state.step += 1
         upcoming = next(batches, None)  # reading the loss waits for the device: the next inputs are made before
-        total[1] = signals.pending()
+        total[1] = run.signals.pending()
         step_loss, stop = accelerator.reduce(total, reduction="sum").tolist()
         progress.update(log_step(run, step_loss, grad_norm, time.perf_counter() - start))
         epoch, left = divmod(state.step, schedule.steps_per_epoch)
@@ -248,12 +252,13 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
         state.owes_validation = due
         if stop or state.step % args.checkpointing_steps == 0:
             save_checkpoint(run)
+        if due and not stop:
+            validate(run)
+            stop = run.asked_to_stop()  # which cuts a validation short: a resumed run makes it up
+            save_checkpoint(run) if stop else mark_validated(run)
         if stop:
             progress.close()
-            stop_run(run, signals.pending(), f"checkpoint-{state.step}")
-        if due:
-            validate(run)
-            mark_validated(run)
+            stop_run(run, run.signals.pending(), f"checkpoint-{state.step}")
         total.zero_()
         start = time.perf_counter()
     progress.close()
@@ -261,8 +266,10 @@ def train(run: Run, schedule: MicroBatches, signals: StopSignals) -> None:
 
 def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) -> dict[str, float]:
     """Log what an optimizer step did, or stop where its numbers are none; `loss` is its mean. Add your numbers here."""
-    # In fp16, GradScaler skips a step whose gradient is not finite.
-    check_finite(run, loss, 0.0 if grad_norm is None or run.accelerator.scaler else float(grad_norm))
+    # In fp16, a step whose gradient is not finite is skipped, and the loss's scale halved, from 2^16 on.
+    skips, scaler = run.accelerator.mixed_precision == "fp16", run.accelerator.scaler
+    lost = scaler is not None and scaler.get_scale() < 2**-14  # thirty times in a row
+    check_finite(run, loss, math.nan if lost else 0.0 if grad_norm is None or skips else float(grad_norm))
     group = run.trained.optimizer.param_groups[0]
     values = {"loss": loss, "lr": run.trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
     values |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
@@ -312,14 +319,13 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
     sigmas = sample_sigmas([generator_for(seed, "sigma", *draw) for draw in draws], sigma_table, args, shift)
     embeds = [data.prompts[prompt] for prompt in batch["prompts"]]
     pooled = "pooled_prompt_embeds" if run.trained.text_encoder is None else "clip_ids"
-    transformer = unwrap(run.trained.transformer)
     return StepInputs(
-        latents=sample_latents(distribution, posterior, data.shift_factor, data.scaling_factor),
+        latents=sample_latents(distribution, posterior, data.vae_config),
         noise=move(draw_normal(shape, seed, "noise", draws)),
         sigmas=move(sigmas),
         prompt_embeds=torch.stack([move(embed.prompt_embeds) for embed in embeds]),
         pooled_prompt_embeds=torch.stack([move(getattr(embed, pooled)) for embed in embeds]),
-        guidance=make_guidance(transformer, args.guidance_scale, len(embeds), device),
+        guidance=make_guidance(unwrap(run.trained.transformer), args.guidance_scale, len(embeds), device),
         loss_weights=move(batch["loss_weights"]),
         options=args,
         token_weights=move(batch["token_weights"]) if "token_weights" in batch else None,
@@ -398,9 +404,7 @@ def predict_velocity(
     )[0]
 
 
-def sample_sigmas(
-    generators: list[torch.Generator], sigma_table: Tensor, options: Namespace, shift: float = 1.0
-) -> Tensor:
+def sample_sigmas(generators: list[torch.Generator], sigma_table: Tensor, options: Namespace, shift: float) -> Tensor:
     """Draw one noise level a picture, with a generator each: (B,), float32.
 
     u in [0, 1) is drawn by `--weighting_scheme` (logit_normal and mode: https://arxiv.org/abs/2403.03206, section 3.1;
@@ -445,15 +449,15 @@ def make_image_ids(height: int, width: int, device: torch.device | str = "cpu") 
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
 
 
-def make_guidance(transformer: nn.Module, scale: float, batch: int, device: torch.device) -> Tensor | None:
+def make_guidance(transformer: Any, scale: float, batch: int, device: torch.device) -> Tensor | None:
     """The guidance input of an unwrapped transformer, (B,), or None if it takes none (FLUX.1 [schnell])."""
-    config: Any = transformer.config
-    return torch.full((batch,), scale, device=device) if config.guidance_embeds else None
+    return torch.full((batch,), scale, device=device) if transformer.config.guidance_embeds else None
 
 
 # ============================ 3. Data: what a picture is, and what an example holds of it =============================
 
 Size = tuple[int, int]  # width and height in pixels
+Pictures = dict[str, list["Picture"]]  # by source: "instance", "class", and "validation" for those held out
 
 
 @dataclass(frozen=True)
@@ -501,6 +505,13 @@ def crop_picture(image: Image.Image, crop: Crop, mode: str) -> Image.Image:
     return ImageOps.mirror(image) if crop.flip else image
 
 
+@functools.lru_cache(maxsize=256)
+def read_resized(read: Callable[[], Image.Image], size: Size, mode: str) -> Image.Image:
+    """What `read` gives, covering `size`. Kept: of a photo of 24 megapixels it takes half a second."""
+    image = read()
+    return image.resize(resized_size(*image.size, size), Image.Resampling[mode.upper()])
+
+
 def mask_tokens(mask: Image.Image | None, crop: Crop, args: Namespace) -> Tensor:
     """Weight of each token's loss, (L,): the mean of the mask over its 16 x 16 pixels; 1 where there is no mask."""
     width, height = (side // PIXELS_PER_TOKEN for side in crop.size)
@@ -520,11 +531,12 @@ def load_picture(
     picture: Picture, size: Size, args: Namespace, generator: torch.Generator | None = None
 ) -> dict[str, Any]:
     """What an example holds of a picture; whatever else stands beside its pixels (a mask, a weight) is added here."""
-    image = picture.read()
+    mode = args.image_interpolation_mode
+    image = read_resized(picture.read, size, mode)
     crop = draw_crop(image.size, size, args, generator)
-    loaded = {"crop": crop, "pixels": to_pixels(crop_picture(image, crop, args.image_interpolation_mode))}
+    loaded = {"crop": crop, "pixels": to_pixels(crop_picture(image, crop, mode))}
     if args.mask_data_dir or args.alpha_mask:
-        loaded["token_weights"] = mask_tokens(picture.mask and picture.mask(), crop, args)
+        loaded["token_weights"] = mask_tokens(picture.mask and read_resized(picture.mask, size, mode), crop, args)
     return loaded
 
 
@@ -635,11 +647,6 @@ def encode_prompts(
     return gather_dicts(encoded)
 
 
-def pool_with_clip(text_encoder: nn.Module, clip_ids: Tensor) -> Tensor:
-    """CLIP's pooled vector, (B, P), of token ids (B, 77)."""
-    return text_encoder(clip_ids).pooler_output
-
-
 def load_vae(args: Namespace, accelerator: Accelerator) -> AutoencoderKL:
     """The frozen VAE: bfloat16 in a bf16 run, else float32 (in float16 its activations overflow)."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -661,12 +668,10 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> LatentDistribution:
     return LatentDistribution(posterior.mean.float(), posterior.std.float())
 
 
-def sample_latents(
-    distribution: LatentDistribution, noise: Tensor, shift_factor: float, scaling_factor: float
-) -> Tensor:
+def sample_latents(distribution: LatentDistribution, noise: Tensor, vae_config: Any) -> Tensor:
     """A draw from the posterior, scaled as the transformer wants it: (B, C, H, W)."""
     sample = distribution.mean + distribution.std * noise
-    return (sample - shift_factor) * scaling_factor
+    return (sample - vae_config.shift_factor) * vae_config.scaling_factor
 
 
 # ===================================== 5. What is trained, and in which precision =====================================
@@ -742,7 +747,6 @@ def parameter_groups(args: Namespace, transformer: nn.Module, text_encoder: nn.M
 
 
 def make_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer:
-    """The optimizer of `--optimizer` over `groups`."""
     entry, device = chosen_optimizer(args), groups[0]["params"][0].device.type
     make = getattr(importlib.import_module(entry.module), entry.name)
     if entry.module.startswith("bitsandbytes"):  # it would wait for the device after each weight, for paged state only
@@ -812,11 +816,12 @@ def draw_validation_pictures(run: Run) -> None:
     embeds = [embed_prompt(accelerator, run.trained.text_encoder, prompt) for prompt in prompts]
     transformer, vae = unwrap(run.trained.transformer), data.vae.to(accelerator.device)
     numbers = own_share(accelerator, args.num_validation_images * len(embeds))
-    mine = sample_pictures(args, accelerator, transformer, vae, embeds, state.seed, numbers, "Validation")
+    options = (state.seed, numbers, "Validation", run.asked_to_stop)
+    mine = sample_pictures(args, accelerator, transformer, vae, embeds, *options)
     pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
     if data.dataset.cached is not None:  # the training does not need it in between
         vae.to("cpu")
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and len(pictures) == args.num_validation_images * len(embeds):  # else: cut short
         folder = Path(args.output_dir) / "validation"
         with warn_if_unwritable("The validation pictures"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -824,7 +829,7 @@ def draw_validation_pictures(run: Run) -> None:
             for number, picture in enumerate(pictures):
                 save_picture(picture, folder / f"step_{state.step:06d}_{number}.png")
             save_picture(draw_contact_sheet(args, state.step), Path(args.output_dir) / SHEET_FILE)
-        log_pictures(accelerator, "validation", pictures, state.step)
+        log_pictures(args, accelerator, "validation", pictures, state.step)
     accelerator.wait_for_everyone()
 
 
@@ -837,6 +842,7 @@ def sample_pictures(
     seed: int,
     numbers: range,
     desc: str,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[int, Image.Image]:
     """Draw the pictures of these numbers, `--num_validation_images` of each prompt, from the same noise every time.
 
@@ -849,6 +855,8 @@ def sample_pictures(
     dtype = torch.float32 if was_training else transformer.dtype
     sampler, pictures = make_sampler(args, transformer.eval()), {}
     for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
+        if asked_to_stop():
+            break
         prompt, noise = embeds[number % count // images], generator_for(seed, "validation", number % images)
         [picture] = draw_pictures(sampler, vae, [prompt], validation_size(args), dtype, [noise], **options)
         if number < count:
@@ -878,8 +886,10 @@ WEIGHTING_SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
 BOUNDS = {  # of numbers, as flags name them
     "ge": (operator.ge, "{} or more"), "gt": (operator.gt, "above {}"),
     "le": (operator.le, "at most {}"), "lt": (operator.lt, "below {}"),
-    "multiple_of": (lambda value, other: value % other == 0, "a multiple of {}"),
 }  # fmt: skip
+
+
+FOLDER = os.path.expanduser  # a kind of value: in --flag=~/folder no shell has replaced the ~
 
 
 def parse_resolution(text: str) -> int | list[int]:
@@ -910,7 +920,6 @@ class Flag:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    multiple_of: int | None = None
     needs: tuple[str, ...] = ()  # other flags that it requires
     packages: tuple[tuple[str, str], ...] = ()  # of its values, or "" for any: the package that it needs
     sharded: bool = True  # whether FSDP2 and DeepSpeed can do it
@@ -929,7 +938,6 @@ class Flag:
         return False if self.kind is bool else self.default
 
     def add_to(self, parser: Any) -> None:
-        """Add it to a parser, or to a group of one."""
         shown = "" if self.default in (None, False) else " (default: %(default)s)"
         options: dict[str, Any] = {"help": self.help + shown, "default": self.unset}
         if self.kind is bool:
@@ -944,7 +952,6 @@ class Flag:
         return getattr(args, self.dest, self.unset) not in ("", self.unset)
 
     def problems(self, args: Namespace) -> Iterator[str]:
-        """What is wrong with its value."""
         value = getattr(args, self.dest)
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{self.name} is {value}; give a finite number"
@@ -968,10 +975,10 @@ FLAGS = {
         Flag("--pretrained_model_name_or_path", required=True, help="FLUX.1 on the Hub, or a folder of diffusers"),
         Flag("--revision", help="branch, tag or commit of the checkpoint on the Hub"),
         Flag("--variant", help="variant of the weight files, for example fp16"),
-        Flag("--cache_dir", help="where downloaded models and datasets are kept", resume="free"),
+        Flag("--cache_dir", FOLDER, help="where downloaded models and datasets are kept", resume="free"),
     ],
     "pictures and captions": [
-        Flag("--instance_data_dir", help="folder with the pictures of the subject", resume="result"),
+        Flag("--instance_data_dir", FOLDER, help="folder with the pictures of the subject", resume="result"),
         Flag("--dataset_name", help="dataset instead: a Hub name or a local folder", packages=(("", "datasets"),)),
         Flag("--dataset_config_name", help="configuration of the dataset, if it has several"),
         Flag("--image_column", default="image", help="column of the dataset with the pictures"),
@@ -980,12 +987,12 @@ FLAGS = {
         Flag("--caption_dropout", float, 0.0, "share of prompts to leave empty", ge=0, lt=1),
         Flag("--instance_prompt", help="prompt with a rare word for pictures without a caption"),
         Flag("--trigger_word", help="what {trigger} in prompts stands for; captions without it get it in front"),
-        Flag("--mask_data_dir", help="folder of masks named like the pictures: white counts fully in the loss"),
+        Flag("--mask_data_dir", FOLDER, help="folder of masks named like the pictures: white counts fully"),
         Flag("--alpha_mask", bool, help="take each picture's own transparency as its mask"),
         Flag("--unmasked_weight", float, 0.1, "weight of the loss where a mask is black", ge=0, le=1),
         Flag("--repeats", int, 1, "how often each picture is seen in an epoch", ge=1),
         Flag("--resolution", parse_resolution, 512, "side of the square in pixels; several: each picture is trained at "
-             "all that it has pixels for, 512,768 for example", ge=16, multiple_of=PIXELS_PER_TOKEN),
+             "all that it has pixels for, 512,768 for example", ge=PIXELS_PER_TOKEN),
         Flag("--aspect_ratio_buckets", help="crop to one of 'height,width;...', or auto"),
         Flag("--center_crop", bool, help="crop the centre; else a new random crop each epoch"),
         Flag("--random_flip", bool, help="mirror half of the pictures, drawn anew each epoch"),
@@ -998,7 +1005,7 @@ FLAGS = {
     "prior preservation": [
         Flag("--with_prior_preservation", bool, help="train on pictures of the class as well",
              needs=("--class_data_dir", "--class_prompt")),
-        Flag("--class_data_dir", help="folder of class pictures; missing ones are generated", resume="result"),
+        Flag("--class_data_dir", FOLDER, help="folder of class pictures; missing ones are generated", resume="result"),
         Flag("--class_prompt", help="prompt of the class, for example 'a photo of a dog'"),
         Flag("--num_class_images", int, 100, "class pictures that there should be", ge=1),
         Flag("--prior_loss_weight", float, 1.0, "weight of the prior's loss", ge=0),
@@ -1043,13 +1050,13 @@ FLAGS = {
         Flag("--lr_scheduler", default="constant", choices=SCHEDULES, help="schedule of the learning rate"),
         Flag("--lr_warmup_steps", int, 500, "warm-up, where the schedule has one", ge=0),
         Flag("--lr_num_cycles", int, 1, "restarts of cosine_with_restarts", ge=1),
-        Flag("--lr_power", float, 1.0, "power of the polynomial schedule"),
+        Flag("--lr_power", float, 1.0, "power of the polynomial schedule", ge=0),
         Flag("--lr_step_rules", help="steps of piecewise_constant: '1:100,0.1:300,0.01', factor:until step,...,factor"),
         Flag("--adam_beta1", float, 0.9, "decay of the gradient's mean", ge=0, lt=1),
         Flag("--adam_beta2", float, 0.999, "decay of the gradient's square", ge=0, lt=1),
         Flag("--adam_weight_decay", float, 1e-4, "weight decay of the transformer", ge=0),
         Flag("--adam_weight_decay_text_encoder", float, 1e-3, "weight decay of CLIP", ge=0),
-        Flag("--adam_epsilon", float, 1e-8, "added to the denominator of Adam's step", ge=0),
+        Flag("--adam_epsilon", float, 1e-8, "added to the denominator of Adam's step", gt=0),
         Flag("--max_grad_norm", float, 1.0, "norm that gradients are clipped to; 0: not clipped", ge=0),
         Flag("--prodigy_beta3", float, help="decay of Prodigy's estimate (default: sqrt(beta2))", ge=0, lt=1),
         Flag("--prodigy_decouple", string_to_bool, True, "decoupled weight decay, as in AdamW"),
@@ -1070,11 +1077,11 @@ FLAGS = {
         Flag("--validation_num_inference_steps", int, 28, "sampling steps of the pictures", ge=1, resume="result"),
         Flag("--skip_final_inference", bool, help="draw no pictures from the saved result", resume="result"),
         Flag("--validation_loss", bool, help="log the loss at fixed noise and sigmas as well", resume="result"),
-        Flag("--validation_data_dir", help="held-out pictures for it (default: those of the training)",
+        Flag("--validation_data_dir", FOLDER, help="held-out pictures for it (default: those of the training)",
              needs=("--validation_loss",), resume="result"),
     ],
     "output, checkpoints and the Hub": [
-        Flag("--output_dir", default=OUTPUT_DIR, help="where everything is written", resume="free"),
+        Flag("--output_dir", FOLDER, OUTPUT_DIR, help="where everything is written", resume="free"),
         Flag("--logging_dir", default="logs", help="folder of the trackers, inside --output_dir", resume="free"),
         Flag("--report_to", default="tensorboard", help="tensorboard, wandb, all, none, ...", resume="free",
              packages=(("tensorboard", "tensorboard"), ("wandb", "wandb"),)),
@@ -1106,13 +1113,27 @@ FLAG_OF = {flag.dest: flag for group in FLAG_GROUPS.values() for flag in group}
 def make_parser() -> argparse.ArgumentParser:
     description = (__doc__ or "").partition("\n")[0]
     usage = "%(prog)s [flags] [@file with flags]; all of them: --help"
-    parser = argparse.ArgumentParser(usage=usage, description=description, fromfile_prefix_chars="@")
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)  # type: ignore[method-assign]
+    parser = argparse.ArgumentParser(usage=usage, description=description)
     for title, flags in FLAG_GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
             flag.add_to(group)
     return parser
+
+
+def read_words(words: Iterable[str]) -> Iterator[str]:
+    """A command line, with the flags in FILE in the place of @FILE, quoted as in a shell, with # for comments."""
+    for word in words:
+        if not word.startswith("@") or not os.path.isfile(word[1:]):  # noqa: PTH113  a prompt may begin with @, and be long
+            yield word
+            continue
+        for line in Path(word[1:]).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines():
+            parts = shlex.shlex(line, posix=True, punctuation_chars=False)
+            parts.whitespace_split, parts.commenters = True, ""  # a # inside a word begins no comment
+            try:
+                yield from read_words(itertools.takewhile(lambda part: not part.startswith("#"), parts))
+            except ValueError as error:
+                raise UsageError(f"{word}: {error}; quote as in a shell: {line}") from error
 
 
 def problems(args: Namespace) -> Iterator[str]:
@@ -1158,8 +1179,7 @@ def problems(args: Namespace) -> Iterator[str]:
         f"--optimizer is {args.optimizer!r}; give {', '.join(OPTIMIZERS)}": not known,
         f"{optimizer} needs the package {package}: pip install {package}":
             package not in ("torch", "transformers") and find_spec(package) is None,
-        "prodigy needs --learning_rate, for example 1, and --adam_epsilon above 0":
-            package == "prodigyopt" and not (args.learning_rate and args.adam_epsilon),
+        "prodigy needs --learning_rate, for example 1": package == "prodigyopt" and not args.learning_rate,
         f"--learning_rate is {args.learning_rate}, and --lr_scheduler=polynomial ends at 1e-7; give more":
             args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
         "--lr_scheduler=piecewise_constant needs --lr_step_rules, for example '1:100,0.1:300,0.01'":
@@ -1170,8 +1190,6 @@ def problems(args: Namespace) -> Iterator[str]:
             (args.hub_model_id or "").count("/") > 1,
         "--enable_npu_flash_attention is --attention_backend=_native_npu; give one of them":
             args.attention_backend and args.enable_npu_flash_attention,
-        "accelerate's configuration needs the package deepspeed: pip install deepspeed":
-            os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and find_spec("deepspeed") is None,
     } | own_contradictions(args)  # fmt: skip
     yield from (message for message, is_so in wrong.items() if is_so)
     yield from name_problems(args)
@@ -1181,25 +1199,33 @@ def name_problems(args: Namespace) -> Iterator[str]:
     """Paths and prompts that are almost certainly mistakes."""
     if not args.output_dir.strip():
         yield "--output_dir is empty; give a folder"
-    read = ("instance_data_dir", "validation_data_dir", "pretrained_model_name_or_path")
+    read = (
+        "instance_data_dir",
+        "validation_data_dir",
+        "mask_data_dir",
+        "dataset_name",
+        "pretrained_model_name_or_path",
+    )
     written = ("output_dir", "class_data_dir")
-    for name, other in [*itertools.product(written, read), written]:
+    for name, other in [*itertools.product(written, read), written, ("mask_data_dir", "instance_data_dir")]:
         both = [os.path.realpath(getattr(args, flag)) for flag in (name, other) if getattr(args, flag)]
         if len(both) == 2 and both[0] == both[1]:
             yield f"--{name} and --{other} are the same folder, {getattr(args, name)!r}; give each one of its own"
-    for prompt in filter(None, (args.instance_prompt, args.class_prompt, *(args.validation_prompt or []))):
+    words = (args.trigger_word, getattr(args, "class_word", None), args.instance_prompt, args.class_prompt)
+    for prompt in filter(None, (*words, *(args.validation_prompt or []))):
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds what it could not decode
-            yield f"the prompt {prompt!r} is not in UTF-8; write it in that"
+            yield f"the prompt or word {prompt!r} is not in UTF-8; write it in that"
 
 
 def own_contradictions(args: Namespace) -> dict[str, Any]:
     """What cannot work together of this script's flags: a message, and whether it is so."""
     alone = args.full_bf16 or args.fused_backward_pass
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate resolves it
     return {
-        f"--full_bf16 needs --mixed_precision=bf16, not {args.mixed_precision}":
-            args.full_bf16 and args.mixed_precision not in (None, "bf16"),
+        f"--full_bf16 needs --mixed_precision=bf16, and it, or else accelerate's configuration, says {precision}":
+            args.full_bf16 and precision != "bf16",
         "--fused_backward_pass cannot scale losses as --mixed_precision=fp16 does; give bf16":
-            args.fused_backward_pass and args.mixed_precision == "fp16",
+            args.fused_backward_pass and precision == "fp16",
         "--fused_backward_pass keeps no gradients to accumulate; give --gradient_accumulation_steps=1":
             args.fused_backward_pass and args.gradient_accumulation_steps > 1,
         f"{args.optimizer} needs all gradients at once; with --full_bf16 and --fused_backward_pass give AdamW or "
@@ -1222,6 +1248,12 @@ def notes_on_args(args: Namespace) -> list[str]:
             prodigy and args.learning_rate <= 0.1,
         f"prodigy has one learning rate: CLIP is trained with --learning_rate={args.learning_rate} too":
             prodigy and args.train_text_encoder,
+        f"--resolution={args.resolution}: trained at {resolutions(args)}, multiples of {PIXELS_PER_TOKEN}":
+            resolutions(args) not in (args.resolution, [args.resolution]),
+        "--trigger_word has no effect: --instance_prompt has neither it nor {trigger}, and there are no captions":
+            args.trigger_word and args.instance_prompt and not (args.caption_column or args.caption_extension)
+            and not word_pattern(args.trigger_word).search(args.instance_prompt),
+        "--hub_model_id has no effect without --push_to_hub": args.hub_model_id and not args.push_to_hub,
         "--cache_latents: each picture's crop and flip are drawn once, not anew each epoch; see --cached_views":
             args.cache_latents and args.cached_views == 1 and (args.random_flip or not args.center_crop),
         "no --caption_column: every picture is trained with --instance_prompt":
@@ -1237,8 +1269,9 @@ def notes_on_args(args: Namespace) -> list[str]:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line as a namespace; exits with code 2 and every problem found, a line each, if it cannot work."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args([*read_words(sys.argv[1:] if argv is None else argv)])
     args.validation_prompt = [prompt for prompt in args.validation_prompt or [] if prompt] or None
+    args.hub_token = (args.hub_token or "").strip() or None  # as an unset variable gives it
     if found := list(problems(args)):
         parser.error("\n  ".join(found if len(found) == 1 else ["", *found]))
     if args.trigger_word:
@@ -1281,7 +1314,8 @@ def changed_flags(before: dict[str, Any], args: Namespace, *kinds: str) -> list[
 # ================================= 9. Pictures: finding, checking and reporting them ==================================
 
 PICTURE_SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".tga",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".mpo", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm",
+    ".tga",
 }  # fmt: skip
 TEXT_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".csv", ".md"}  # nobody misses them among the pictures
 
@@ -1324,11 +1358,7 @@ def unused_captions(args: Namespace) -> list[str]:
 
 
 def pictures_in_folder(flag: str, folder: str, prompt: str, extension: str | None = None) -> list[Picture]:
-    """The pictures of a folder, each with its caption, or with `prompt` if it has none.
-
-    The caption of a picture is a file of its own, named like the picture but for its `extension`. A UsageError if
-    `folder`, the value of `flag`, has no pictures, or some have no prompt at all.
-    """
+    """The pictures of `folder`, the value of `flag`, each with the text of its caption file, or else with `prompt`."""
     files, captions = open_folder(flag, folder), dict[Path, str]()
     if not files:
         raise UsageError(f"{flag} is {folder!r}, which has no picture files ({', '.join(sorted(PICTURE_SUFFIXES))})")
@@ -1385,13 +1415,19 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
         raise UsageError(f"{message}; write it, or give --instance_prompt for these")
     if missing and args.caption_column:
         logger.warning(f"{len(missing)} pictures take --instance_prompt for a caption: rows {shorten(missing)}")
+    files = [path for path in Path(args.dataset_name).rglob("[!.]*") if path.suffix.lower() in PICTURE_SUFFIXES]
+    if len(files) > len(dataset):
+        logger.warning(
+            f"--dataset_name is {args.dataset_name!r}, of whose {len(files)} picture files {len(dataset)} are used: "
+            "the others are not in its metadata, or a word in names (train, test, val, dev, eval) makes other splits"
+        )
     images = dataset.select_columns(args.image_column)
     opens = [functools.partial(open_row, images, row, args.image_column) for row in range(len(dataset))]
     return [Picture(f"row {row}", opens[row], caption or args.instance_prompt) for row, caption in enumerate(captions)]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as upright 8-bit RGB: EXIF orientation applied, 16 bits scaled to 8, transparency on white."""
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Any picture as upright 8-bit RGB: EXIF orientation applied, 16 bits scaled to 8, transparency on `background`."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values, hidden = np.asarray(image).astype(np.float32), image.info.get("transparency")
@@ -1402,7 +1438,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
@@ -1414,11 +1450,10 @@ def open_alpha(open_picture: Callable[[], Image.Image]) -> Image.Image:
 
 def open_mask(path: Path) -> Image.Image:
     with Image.open(path) as stored:
-        deep = stored.mode.startswith(("I", "F"))  # `convert` would cut off what is above 255
-        return (to_rgb(stored) if deep else ImageOps.exif_transpose(stored)).convert("L")
+        return to_rgb(stored, "black").convert("L")  # what is transparent is not painted
 
 
-def find_masks(args: Namespace, pictures: dict[str, list[Picture]]) -> dict[str, list[Picture]]:
+def find_masks(args: Namespace, pictures: Pictures) -> Pictures:
     """The pictures of all sources with their masks, where there are any; a mask without a picture is named."""
     if args.alpha_mask:
         return {source: [replace(one, mask=functools.partial(open_alpha, one.open)) for one in part]
@@ -1437,10 +1472,7 @@ def find_masks(args: Namespace, pictures: dict[str, list[Picture]]) -> dict[str,
 
 
 def check_pictures(pictures: list[Picture]) -> list[Picture]:
-    """Decode every picture once, before anything expensive; returns them with their sizes and digests.
-
-    A UsageError names all that cannot be read.
-    """
+    """Decode every picture once, before anything expensive; returns them with their sizes and digests."""
     checked, broken = [], []
     for picture in tqdm(pictures, desc="Checking pictures", unit="picture", leave=False, delay=2, disable=None):
         try:
@@ -1470,7 +1502,9 @@ def nearest_size(size: Size, sizes: list[Size]) -> Size:
 
 
 def resolutions(args: Namespace) -> list[int]:
-    return args.resolution if isinstance(args.resolution, list) else [args.resolution]
+    """The sides of `--resolution` in whole tokens: what is beyond them the VAE and packing would cut off."""
+    sides = args.resolution if isinstance(args.resolution, list) else [args.resolution]
+    return [side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in sides]
 
 
 def training_sizes(args: Namespace, resolution: int | None = None) -> list[Size]:
@@ -1523,13 +1557,15 @@ def word_pattern(word: str) -> re.Pattern[str]:
 def with_trigger(args: Namespace, picture: Picture) -> Picture:
     """The picture, `--trigger_word` in its caption: in the place of {trigger}, or in front where it is missing."""
     word = args.trigger_word
+    if not word and "{trigger}" in picture.prompt:
+        raise UsageError(f"the caption of {picture.name} has {{trigger}}, which stands for --trigger_word; give it")
     if not word or picture.prompt == args.instance_prompt:
         return picture
     caption = picture.prompt.replace("{trigger}", word)
     return replace(picture, prompt=caption if word_pattern(word).search(caption) else f"{word} {caption}")
 
 
-def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
+def list_pictures(args: Namespace) -> Pictures:
     """The pictures of the subject, those of the class that are there, and those held out; a UsageError without any."""
     captions = (args.instance_prompt, args.caption_extension)
     if args.dataset_name:
@@ -1561,41 +1597,39 @@ def list_pictures(args: Namespace) -> dict[str, list[Picture]]:
 
 def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int) -> None:
     """Draw the class pictures that are missing, at the training resolution, the processes sharing the work."""
-    folder = Path(args.class_data_dir)
+    folder, held = Path(args.class_data_dir), len(HELD)
     if accelerator.is_main_process:
+        lock_folder("--class_data_dir", folder, 7200)  # another run may draw the same ones now
         remove_leftovers(folder)
+    accelerator.wait_for_everyone()
     missing = args.num_class_images - len(list_picture_files(folder))
     free = (number for number in range(2 * args.num_class_images) if not (folder / f"class_{number:05d}.png").exists())
     numbers = [next(free) for _ in range(missing)]
     accelerator.wait_for_everyone()  # nobody writes before all have counted
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
     default = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
-    dtype = PRECISIONS.get(args.prior_generation_precision, default)
+    dtype = default if args.prior_generation_precision in (None, "no") else PRECISIONS[args.prior_generation_precision]
     encoded = encode_prompts(args, accelerator, [args.class_prompt], dtype)  # frees the encoders: 10 GB of FLUX.1 [dev]
     if mine:
         sampler = make_sampler(args, load_base(args, dtype, accelerator.device))
         vae, size = load_vae(args, accelerator), (max(resolutions(args)),) * 2
         hidden = not accelerator.is_local_main_process or None  # None: where there is no terminal
-        bar = tqdm(total=len(mine), desc="Generating class pictures", disable=hidden)
-        for start in range(0, len(mine), args.sample_batch_size):
-            part = mine[start : start + args.sample_batch_size]
+        parts = [mine[start : start + args.sample_batch_size] for start in range(0, len(mine), args.sample_batch_size)]
+        for part in tqdm(parts, desc="Generating class pictures", disable=hidden):
             noise = [generator_for(seed, "class picture", number) for number in part]
             prompts = [encoded[args.class_prompt]] * len(part)
             pictures = draw_pictures(sampler, vae, prompts, size, dtype, noise)
             for number, picture in zip(part, pictures, strict=True):
                 save_picture(picture, folder / f"class_{number:05d}.png")
-            bar.update(len(part))
-        bar.close()
     accelerator.wait_for_everyone()
+    unlock_folders(held)
     if len(list_picture_files(folder)) < args.num_class_images:
         raise UsageError(
             f"--class_data_dir is {args.class_data_dir!r}: each machine has drawn a part; share the folder"
         )
 
 
-def prepare_dataset(
-    args: Namespace, accelerator: Accelerator, pictures: dict[str, list[Picture]], seed: int
-) -> DreamBoothDataset:
+def prepare_dataset(args: Namespace, accelerator: Accelerator, pictures: Pictures, seed: int) -> DreamBoothDataset:
     """The examples, after the class pictures that are missing were drawn."""
     class_pictures: list[Picture] = []
     if args.with_prior_preservation:
@@ -1638,33 +1672,32 @@ def draw_pictures(
         output_type="latent",
         **options,
     ).images
-    return [decode_latents(vae, own[None], size) for own in latents]
-
-
-@torch.no_grad()
-def decode_latents(vae: AutoencoderKL, packed_latents: Tensor, size: Size) -> Image.Image:
-    """The picture, of `size` in pixels, of packed latents (1, L, 4C)."""
-    latents = FluxPipeline._unpack_latents(packed_latents, size[1], size[0], vae_scale_factor=8)
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample[0].float().cpu()
-    return Image.fromarray(((pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
+    latents = FluxPipeline._unpack_latents(latents, size[1], size[0], vae_scale_factor=8)
+    latents = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.device, vae.dtype)
+    decoded = [vae.decode(own[None]).sample.float() for own in latents]  # one by one: the VAE takes much memory
+    return [sampler.image_processor.postprocess(pixels)[0] for pixels in decoded]
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG or JPEG that is whole or not there."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     picture.save(partial, format="PNG" if path.suffix == ".png" else "JPEG", quality=92)
-    partial.replace(path)
+    replace_path(partial, path)
 
 
-def log_pictures(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
-    """Send pictures to the trackers that take them."""
+def log_pictures(args: Namespace, accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
     with tracking(accelerator):
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
                 stack = np.stack([np.asarray(picture) for picture in pictures])
                 tracker.log_images({name: stack}, step, dataformats="NHWC")
-            elif tracker.name in ("wandb", "swanlab"):
+            elif tracker.name == "wandb":
+                import wandb  # optional
+
+                prompts = [prompt for prompt in args.validation_prompt for _ in range(args.num_validation_images)]
+                shown = zip(pictures, prompts, strict=True)
+                tracker.log({name: [wandb.Image(picture, caption=prompt) for picture, prompt in shown]}, step)
+            elif tracker.name == "swanlab":
                 tracker.log_images({name: pictures}, step)
             elif hasattr(tracker, "log_images"):  # a picture for each name
                 tracker.log_images({f"{name}_{number}": picture for number, picture in enumerate(pictures)}, step)
@@ -1817,6 +1850,11 @@ def resolve_steps(args: Namespace, accelerator: Accelerator, dataset: DreamBooth
             f"--resume_from_checkpoint={args.resume_from_checkpoint} is at step {state.step}, past the end of this run "
             f"at {args.max_train_steps}: raise --max_train_steps, or name an earlier checkpoint"
         )
+    if not args.lr_scheduler.endswith("constant") and args.lr_warmup_steps >= args.max_train_steps:
+        reached = "the learning rate only rises"
+        logger.warning(
+            f"--lr_warmup_steps={args.lr_warmup_steps} is not below the {args.max_train_steps} steps: {reached}"
+        )
     if args.scale_lr:
         args.learning_rate *= per_step
         logger.info(f"--scale_lr: the learning rate is {args.learning_rate} for {per_step} examples a step")
@@ -1831,7 +1869,7 @@ def resolve_steps(args: Namespace, accelerator: Accelerator, dataset: DreamBooth
 def hub_options(args: Namespace, **extra: Any) -> dict[str, Any]:
     """The keyword arguments of everything that is loaded of the base model."""
     options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "token": args.hub_token}
-    return {name: value for name, value in options.items() if value is not None} | extra
+    return {name: value for name, value in options.items() if value} | extra
 
 
 def from_base(kind: Any, args: Namespace, **options: Any) -> Any:
@@ -1842,6 +1880,9 @@ def from_base(kind: Any, args: Namespace, **options: Any) -> Any:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # each loader has its own kinds
+        if not Path(name).exists():  # a Hub that is silent must not end a run whose files are all in the cache
+            with contextlib.suppress(Exception):
+                return kind.from_pretrained(name, **hub_options(args, **options, local_files_only=True))
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UsageError(
             f"{options.get('subfolder', 'the pipeline')} of --pretrained_model_name_or_path={name} does not load: "
@@ -1869,9 +1910,7 @@ def read_transformer(args: Namespace, accelerator: Accelerator, dtype: torch.dty
     reserve memory, which stays untouched on the CPU.
     """
     device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
-    replicated = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    from_main = is_sharded(accelerator) or replicated
-    from_main = from_main and not args.fused_backward_pass  # which replaces DDP
+    from_main = not args.fused_backward_pass  # which replaces DDP
     if accelerator.is_main_process or not from_main:
         return load_base(args, dtype, device)
     return empty_transformer(args).to(dtype).to_empty(device=device).requires_grad_(False)
@@ -1885,10 +1924,9 @@ def empty_transformer(args: Namespace) -> FluxTransformer2DModel:
         return FluxTransformer2DModel.from_config(config)
 
 
-def list_blocks(transformer: nn.Module) -> list[nn.Module]:
+def list_blocks(transformer: Any) -> list[nn.Module]:
     """The blocks of an unwrapped transformer, in the order in which they run."""
-    model: Any = transformer
-    return [*model.transformer_blocks, *model.single_transformer_blocks]
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def choose_blocks(transformer: nn.Module, flag: str, count: int) -> list[nn.Module]:
@@ -1941,7 +1979,6 @@ def rotate(x: Tensor, frequencies: tuple[Tensor, ...], sequence_dim: int) -> Ten
 
 
 def set_up_blocks(args: Namespace, transformer: FluxTransformer2DModel) -> None:
-    """Switch on what is asked for of how the blocks compute."""
     transformer.pos_embed.register_forward_hook(add_rotations)
     transformer_flux.apply_rotary_emb = rotate
     if args.gradient_checkpointing:
@@ -1989,10 +2026,13 @@ def compile_blocks(accelerator: Accelerator, transformer: nn.Module) -> None:
                 vars(other).pop("forward", None)
             return block.forward(*args, **kwargs)
 
+    options, plain = plugin.to_kwargs(), {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+    if plugin.mode in plain:  # with CUDA graphs the next block would overwrite what this one gave
+        options["mode"] = plain[plugin.mode]
     trains = False  # this block or one before it
     for block in blocks:
         trains = trains or any(weight.requires_grad for weight in block.parameters())
-        compiled = torch.compile(block.forward, **plugin.to_kwargs())
+        compiled = torch.compile(block.forward, **options)
         block.forward = functools.partial(run_compiled, block, compiled, trains)  # type: ignore[method-assign]
     plugin.backend = DynamoBackend.NO  # `prepare` would compile the whole
 
@@ -2120,8 +2160,7 @@ class TrainingData:
     dataset: DreamBoothDataset
     prompts: dict[str, PromptEmbeds]
     vae: Any  # AutoencoderKL, or None when nothing needs it any more
-    shift_factor: float
-    scaling_factor: float
+    vae_config: Any  # its numbers outlive it
     validation: list[tuple[str, Tensor, Tensor | None]]  # prompt, latents, token weights for the validation loss
     metadata: dict[str, Any]  # what a checkpoint remembers of the data and the processes
     scheduler_config: Any = None  # the constants of --flow_shift=dynamic
@@ -2174,10 +2213,15 @@ class Run:
     data: TrainingData
     trained: Trained
     state: RunState
+    signals: StopSignals
+
+    def asked_to_stop(self) -> bool:
+        """Whether a process has got a signal to stop; called on all."""
+        return any(gather_object([self.signals.pending()]))
 
 
 def prepare_data(
-    args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, pictures: dict[str, list[Picture]]
+    args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, pictures: Pictures
 ) -> TrainingData:
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
@@ -2187,7 +2231,7 @@ def prepare_data(
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
     with stage(args, accelerator, "Encoding the pictures" if args.cache_latents else "Loading the VAE"):
         vae = load_vae(args, accelerator)
-        config = vae.config
+        vae_config = vae.config
         validation = encode_validation_pictures(args, accelerator, vae, held_out)
         if args.cache_latents:
             cache_latents(accelerator, vae, dataset)
@@ -2199,8 +2243,7 @@ def prepare_data(
         "training pictures": fingerprint(dataset.sources),
         "validation pictures": fingerprint({str(training_sizes(args)): held_out}),
     }
-    factors, scheduler_config = (config.shift_factor, config.scaling_factor), load_scheduler(args).config
-    return TrainingData(dataset, encoded, vae, *factors, validation, metadata, scheduler_config)
+    return TrainingData(dataset, encoded, vae, vae_config, validation, metadata, load_scheduler(args).config)
 
 
 @torch.no_grad()
@@ -2209,7 +2252,7 @@ def embed_prompt(accelerator: Accelerator, text_encoder: nn.Module | None, embed
     if text_encoder is None:
         return embeds
     was_training = text_encoder.training
-    pooled = pool_with_clip(text_encoder.eval(), embeds.clip_ids[None].to(accelerator.device))
+    pooled = text_encoder.eval()(embeds.clip_ids[None].to(accelerator.device)).pooler_output
     text_encoder.train(was_training)
     return embeds._replace(pooled_prompt_embeds=pooled[0].cpu())
 
@@ -2250,7 +2293,7 @@ def encode_validation_pictures(
     return [encoded for _, encoded in sorted(gather_dicts(encoded).items())]
 
 
-def fingerprint(pictures: dict[str, list[Picture]]) -> str:
+def fingerprint(pictures: Pictures) -> str:
     """How many pictures there are, and the CRC-32 of what is known of them."""
     known = {source: [(one.name, one.prompt, one.digest) for one in part] for source, part in pictures.items()}
     return f"{sum(map(len, pictures.values()))} ({zlib.crc32(json.dumps(known).encode()):08x})"
@@ -2272,9 +2315,10 @@ def start_state(args: Namespace, resumed: Checkpoint | None) -> RunState:
 
 
 def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
-    """Begin what `--report_to` names, with all settings."""
     config = {name: "" if value is None else value for name, value in settings(args).items()}
     config = {name: json.dumps(value) if isinstance(value, list) else value for name, value in config.items()}
+    if args.hub_token:  # wandb and others upload the command line
+        sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
     try:
         accelerator.init_trackers(PROJECT, config=config)
     except Exception as error:  # each tracker has its own kinds
@@ -2297,6 +2341,7 @@ def make_accelerator(args: Namespace) -> Accelerator:
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # others wait for process 0's downloads
                 DistributedDataParallelKwargs(broadcast_buffers=False),  # int8's scales, which are the same everywhere
+                AutocastKwargs(cache_enabled=False),  # casts that nothing reads again: 22 GiB in full fine-tuning
             ],
         )
     except (ValueError, ImportError) as error:
@@ -2317,14 +2362,13 @@ def make_accelerator(args: Namespace) -> Accelerator:
         )
     if precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate would leave out both
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
-    for flag, allowed in (("full_bf16", ["bf16"]), ("fused_backward_pass", ["no", "bf16"])):
-        if getattr(args, flag, False) and precision not in allowed:
-            raise UsageError(f"--{flag} needs --mixed_precision=bf16, and accelerate's configuration says {precision}")
+    half_only = re.search("flash|cudnn|aiter", args.attention_backend or "")
+    if half_only and precision == "no" and accelerator.device.type != "cpu":
+        raise UsageError(f"--attention_backend={args.attention_backend} needs --mixed_precision=bf16 or fp16")
     for note in notes_on_args(args):
         logger.warning(note)
     set_up_engine(args, accelerator)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32  # accelerate switches it on where blocks are compiled
     return accelerator
 
 
@@ -2360,6 +2404,11 @@ def set_up_engine(args: Namespace, accelerator: Accelerator) -> None:
         plugin = accelerator.state.fsdp_plugin
         if not accelerator.is_fsdp2:
             raise UsageError("accelerate's configuration asks for FSDP1; set fsdp_version: 2 in fsdp_config")
+        if plugin.activation_checkpointing:  # it changes the names of the weights
+            raise UsageError(
+                "accelerate's configuration asks for fsdp_activation_checkpointing; set it to false in fsdp_config, "
+                "and give --gradient_checkpointing"
+            )
         disable_fsdp_ram_efficient_loading()  # in transformers: each process encodes with text encoders of its own
         plugin.cpu_ram_efficient_loading = True
         if plugin.mixed_precision_policy is not None:
@@ -2385,14 +2434,14 @@ def prepare_training(
     """
     transformer = load_transformer(args, accelerator)
     text_encoder = load_text_encoder(args).to(accelerator.device) if args.train_text_encoder else None
-    if args.init_lora and resumed is None:
+    if args.init_lora and resumed is None and (accelerator.is_main_process or not is_sharded(accelerator)):
         start_from_lora(args, [model for model in (transformer, text_encoder) if model is not None])
-    weights_only = resumed is not None and not optimizer_fits(resumed.metadata["data"], data.metadata)
-    if resumed is not None and weights_only and accelerator.is_main_process:  # it gives them to the others
-        for model in filter(None, (transformer, text_encoder)):
+    if resumed and not optimizer_fits(resumed.metadata["data"], data.metadata) and accelerator.is_main_process:
+        for model in filter(None, (transformer, text_encoder)):  # the main process gives them to the others
             load_weights(model, resumed.folder)
     if is_sharded(accelerator) and accelerator.mixed_precision != "no":  # accelerate does so for the others
-        transformer.forward = torch.autocast(accelerator.device.type, weight_dtype(accelerator))(transformer.forward)
+        autocast = torch.autocast(accelerator.device.type, weight_dtype(accelerator), cache_enabled=False)
+        transformer.forward = autocast(transformer.forward)
     compile_blocks(accelerator, transformer)
     groups = parameter_groups(args, transformer, text_encoder)
     if args.full_bf16 or args.fused_backward_pass:
@@ -2400,7 +2449,8 @@ def prepare_training(
         optimizer: torch.optim.Optimizer = PerParameterOptimizer(groups, make, settings_kept, seed)
     else:
         optimizer = make_optimizer(args, groups)
-    shape = (args.lr_step_rules, args.lr_warmup_steps, args.max_train_steps, args.lr_num_cycles, args.lr_power)
+    steps = max(args.max_train_steps, args.lr_warmup_steps + 1)  # diffusers divides by those after the warm-up
+    shape = (args.lr_step_rules, args.lr_warmup_steps, steps, args.lr_num_cycles, args.lr_power)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, *shape)
     if args.fused_backward_pass:  # its optimizer averages over processes itself, in place of DDP
         optimizer.fuse(args.max_grad_norm or math.inf)  # type: ignore[attr-defined]
@@ -2447,20 +2497,6 @@ def own_share(accelerator: Accelerator, count: int) -> range:
     return range(accelerator.process_index, math.ceil(count / processes) * processes, processes)
 
 
-@contextlib.contextmanager
-def accumulate(accelerator: Accelerator, models: list[nn.Module], last: bool) -> Iterator[None]:
-    """Gradients are shared between processes, and the optimizer may step, only in the `last` micro-batch of a step.
-
-    What is sharded is shared in each micro-batch: else a process would hold the whole gradient in between, 44 GiB.
-    """
-    accelerator.sync_gradients = last
-    with contextlib.ExitStack() as stack:
-        if not (last or is_sharded(accelerator)):
-            for model in models:
-                stack.enter_context(accelerator.no_sync(model))
-        yield
-
-
 def backward(run: Run, loss: Tensor) -> None:
     """The backward pass of a micro-batch; accelerate's divisions are undone, as `loss_weights` make the mean."""
     if run.args.fused_backward_pass:
@@ -2497,9 +2533,12 @@ def check_model(args: Namespace) -> None:
         index = FluxPipeline.load_config(name, **hub_options(args))
         is_flux = index.get("_class_name") == "FluxPipeline" and "transformer" in index
         transformer = empty_transformer(args) if is_flux else None
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--pretrained_model_name_or_path is {name!r}, which does not load: {reason}") from error
+    except Exception as error:  # the Hub's client has its own kinds
+        reason = " ".join(f"{error} {error.__context__ or ''}".split())
+        raise UsageError(
+            f"--pretrained_model_name_or_path is {name!r}, which does not load: {reason} (FLUX.1 [dev] is gated: "
+            "accept its terms on its page, then `hf auth login`, or give --hub_token)"
+        ) from error
     if transformer is None:
         raise UsageError(f"--pretrained_model_name_or_path is {name!r}, which is a {index.get('_class_name')}")
     check_parts(args, transformer)
@@ -2511,20 +2550,16 @@ def check_parts(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     choose_blocks(transformer, flag, getattr(args, flag[2:]) or 0)
 
 
-def check_everything(
-    args: Namespace, accelerator: Accelerator
-) -> tuple[dict[str, list[Picture]], Checkpoint | None, str]:
-    """Everything that can go wrong before a model is loaded goes wrong here, on the main process first.
-
-    Returns the pictures by source; the checkpoint to resume, or None; the name of the repository.
-    """
+def check_everything(args: Namespace, accelerator: Accelerator) -> tuple[Pictures, Checkpoint | None, str]:
+    """Everything that can go wrong before a model is loaded goes wrong here, on the main process first."""
     found: list[Any] = [None, None]
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             check_model(args)
         pictures = list_pictures(args)
         if accelerator.is_main_process:
-            lock_folder(Path(args.output_dir))
+            unlock_folders()  # of a run before, in the same process
+            lock_folder("--output_dir", Path(args.output_dir), LOCK_SECONDS)
             remove_leftovers(Path(args.output_dir))
             resumed = find_checkpoint(args)
             if resumed and (changed := changed_flags(resumed.metadata["args"], args, "refuse")):
@@ -2551,9 +2586,7 @@ def make_folder(flag: str, folder: str) -> None:
         raise UsageError(f"{flag} is {folder!r}, which cannot be written: {error}") from error
 
 
-def check_machines(
-    args: Namespace, accelerator: Accelerator, resumed: Checkpoint | None, pictures: dict[str, list[Picture]]
-) -> None:
+def check_machines(args: Namespace, accelerator: Accelerator, resumed: Checkpoint | None, pictures: Pictures) -> None:
     """Stop unless all machines have what they need: the same pictures, the checkpoint, and folders that all write."""
     folders = {"--output_dir": args.output_dir} if is_sharded(accelerator) else {}
     if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
@@ -2565,14 +2598,17 @@ def check_machines(
     accelerator.wait_for_everyone()
     found = [flag for flag, probe in probes.items() if probe.exists()]
     names = [(kind, one.name, one.prompt, one.digest) for kind, part in pictures.items() for one in part]
-    checkpoint = resumed is None or (resumed.folder / STATE_FILE).is_file()
+    state_file = None if resumed is None else resumed.folder / STATE_FILE
+    checkpoint = state_file.read_text() if state_file and state_file.is_file() else None
     pictures_of, checkpoint_of, found_of = zip(*gather_object([(names, checkpoint, found)]), strict=True)
     for probe in probes.values() if accelerator.is_main_process else []:
         probe.unlink()
     if any(others != names for others in pictures_of):
         raise UsageError("the machines have different pictures; copy the folders, or put them on a disk that all see")
-    if resumed is not None and not all(checkpoint_of):
-        raise UsageError(f"{resumed.folder} is not on all machines; copy it, or share --output_dir between them")
+    if any(others != checkpoint for others in checkpoint_of):
+        raise UsageError(
+            f"{state_file} is not the same on all machines; copy the folder, or share --output_dir between them"
+        )
     for flag, folder in folders.items():
         if not all(flag in flags for flags in found_of):
             message = f"{flag} is {folder!r}, which not all machines share, and all of them write into it"
@@ -2594,7 +2630,7 @@ VALIDATED_FILE = "validated"  # in a checkpoint: the validation that was due aft
 FLAGS_FILE = "flags.txt"  # the flags of the last run, to be given as @flags.txt
 RESULT_FILE = "training_result.json"  # written last of all: without it a run is not finished
 LOCK_SECONDS = 60
-HELD: list[FileLock] = []  # the lock of the folder that this process writes to
+HELD: list[FileLock] = []  # the locks of folders that this process writes to
 PIECE = 2**28  # bytes that one thread hashes at a time
 UMASK = os.umask(0o077)
 os.umask(UMASK)  # there is no call that only reads it
@@ -2606,7 +2642,10 @@ def save_checkpoint(run: Run) -> None:
     args, accelerator, state = run.args, run.accelerator, run.state
     output, trained = Path(args.output_dir), run.trained
     states = [leaf for leaf in tree_leaves(trained.optimizer.state_dict()) if isinstance(leaf, Tensor)]
-    needed = 2**20 + (4 if trained.ema is None else 8) * trained.size + sum(state.nbytes for state in states)
+    engine, width = accelerator.distributed_type, 2 if getattr(args, "full_bf16", False) else 4
+    width += 4 * ((engine == DistributedType.FSDP) + (trained.ema is not None))  # shards beside the whole; the average
+    parts = accelerator.num_processes if engine == DistributedType.DEEPSPEED else 1  # of the state, which is this one's
+    needed = 2**20 + width * trained.size + parts * sum(state.nbytes for state in states)
     partial = output / f".checkpoint-{state.step}{PARTIAL}"
     with cleanup_on_failure(args, f"checkpoint-{state.step}", partial, needed):
         if accelerator.is_main_process:
@@ -2618,6 +2657,7 @@ def save_checkpoint(run: Run) -> None:
         accelerator.save_state(str(partial), exclude_frozen_parameters=True)
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
+            accelerator.wait_for_everyone()  # two hours at most; the groups of ZeRO and HSDP give up after ten minutes
             return
         hashes = checksums(path for path in sorted(partial.rglob("*")) if path.is_file())
         files = {path.relative_to(partial).as_posix(): value for path, value in hashes.items()}
@@ -2632,7 +2672,9 @@ def save_checkpoint(run: Run) -> None:
         found = list_checkpoints(output).items()
         earlier = [path for number, path in found if number < state.step and (path / STATE_FILE).is_file()]
         for path in earlier[: max(0, len(earlier) + 1 - args.checkpoints_total_limit)]:
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}{PARTIAL}")))  # never a half-deleted checkpoint
+            with warn_if_unwritable(f"{path.name}, which is one too many,"):
+                remove(path.rename(path.with_name(f".{path.name}{PARTIAL}")))  # never a half-deleted checkpoint
+    accelerator.wait_for_everyone()
 
 
 def mark_validated(run: Run) -> None:
@@ -2715,6 +2757,8 @@ def load_checkpoint(run: Run, resumed: Checkpoint) -> list[str]:
         scaler = run.accelerator.scaler
         if not (folder / "scaler.pt").is_file():  # of a run that was not in fp16: its scale starts anew
             run.accelerator.scaler = None
+            if scaler is not None:  # FSDP2 makes a step to load the optimizer's state
+                scaler._lazy_init_scale_growth_tracker(run.accelerator.device)
         with keep_settings(trained.optimizer, chosen_optimizer(args).settings(args, "cpu")):
             run.accelerator.load_state(str(folder), **options)
         run.accelerator.scaler = scaler
@@ -2734,8 +2778,6 @@ def load_checkpoint(run: Run, resumed: Checkpoint) -> list[str]:
     if trained.ema is not None:  # which came back on the CPU, with the decay that it had
         trained.ema.to(run.accelerator.device)
         trained.ema.decay = args.ema_decay
-    if (folder / VALIDATED_FILE).exists():
-        run.state.owes_validation = False
     kept = "everything" if fits else "the weights and the schedule, not the optimizer's state"
     logger.info(f"Resuming from {folder} at step {run.state.step} of {args.max_train_steps}, with {kept}")
     if changes:
@@ -2755,9 +2797,9 @@ def keep_settings(optimizer: torch.optim.Optimizer, settings: Iterable[str]) -> 
 
 
 def optimizer_fits(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a checkpoint's optimizer state can be loaded: its engine is this one, and for ZeRO its processes too."""
-    same = before.get("engine", now["engine"]) == now["engine"]
-    return same and (before["processes"] == now["processes"] or not now["engine"].startswith("ZeRO"))
+    """Whether a checkpoint's optimizer state can be loaded: of the same engine; for ZeRO also processes, precision."""
+    names = ["engine", *(["processes", "precision"] if now["engine"].startswith("ZeRO") else [])]
+    return all(before.get(name, now.get(name)) == now.get(name) for name in names)
 
 
 @contextlib.contextmanager
@@ -2793,7 +2835,7 @@ def find_checkpoint(args: Namespace) -> Checkpoint | None:
     if not wanted:
         return None
     if wanted != "latest":
-        for path in (Path(wanted), Path(args.output_dir) / wanted):
+        for path in (Path(wanted), Path(args.output_dir) / wanted, Path(args.output_dir) / Path(wanted).name):
             if (path / STATE_FILE).is_file():
                 return Checkpoint(path, read_checkpoint(path))
         names = ", ".join(path.name for path in checkpoints.values() if (path / STATE_FILE).is_file()) or "none"
@@ -2805,7 +2847,8 @@ def find_checkpoint(args: Namespace) -> Checkpoint | None:
         except UsageError as error:
             logger.warning(f"Skipping a checkpoint: {error}")
     if checkpoints:
-        raise UsageError("--resume_from_checkpoint=latest: no checkpoint can be used; leave the flag out to start anew")
+        message = "--resume_from_checkpoint=latest: no checkpoint can be used; leave the flag out to start anew"
+        raise UsageError(f"{message}, or give the weights of one by another script as --init_lora")
     logger.info(f"--resume_from_checkpoint=latest: no checkpoint in {args.output_dir}, so this run starts anew")
     return None
 
@@ -2827,6 +2870,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     earlier = "LoRA" if "lora" in metadata["script"] else "full fine-tuning"  # versions that did not write the kind
     if metadata.get("kind", earlier) != KIND:
         raise UsageError(f"{path} was written by {metadata['script']}, which trains other weights")
+    metadata["state"] |= {"owes_validation": False} if (path / VALIDATED_FILE).exists() else {}
     return metadata
 
 
@@ -2881,16 +2925,30 @@ def replace_path(new: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write a text that is whole or not there."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        partial.write_text(
+            text, encoding="utf-8", errors="surrogateescape"
+        )  # as Python holds a path in another encoding
+        replace_path(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names where a system can tell, is on the disk."""
+    if path.is_dir() and sys.platform == "win32":  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
     try:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
-    except PermissionError:
-        if path.is_dir():  # Windows opens no folders
-            return
-        raise
-    os.fsync(descriptor)
-    os.close(descriptor)
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some disks cannot flush a list of names
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -2898,12 +2956,18 @@ def remove_leftovers(output_dir: Path) -> None:
     for old in output_dir.glob(f".*{OLD}"):
         final = old.with_name(old.name[1 : -len(OLD)])
         if final.exists():
-            shutil.rmtree(old)
+            remove(old)
         else:  # killed between the two renames of `replace_path`
             old.rename(final)
     for partial in output_dir.glob(f".*{PARTIAL}"):
         logger.info(f"Removing {partial.name}, which a killed run left half-written")
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder, or a link to one; what another program keeps is left, and tried again by a later run."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def set_aside(args: Namespace, resumed: Checkpoint | None, step: int, changed: bool) -> None:
@@ -2911,14 +2975,17 @@ def set_aside(args: Namespace, resumed: Checkpoint | None, step: int, changed: b
 
     All of it where a run starts anew. Where one goes on at `step` from a checkpoint of the folder: what is later than
     that, what is written on request only, pictures of other prompts; the result as well where the training has
-    `changed` since.
+    `changed` since, or where no checkpoint has its weights and this run ends elsewhere.
     """
-    output = Path(args.output_dir)
+    output, ended = Path(args.output_dir), -1
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        ended = json.loads((output / RESULT_FILE).read_text())["state"]["step"]  # that the result is of
     (output / RESULT_FILE).unlink(missing_ok=True)
     own = resumed is not None and resumed.folder.resolve().parent == output.resolve()
     step = step if own else 0
+    kept = own and not changed and (ended <= step or ended == args.max_train_steps)
     other_pictures = resumed is None or not own or bool(changed_flags(resumed.metadata["args"], args, "pictures"))
-    patterns = [*(ON_REQUEST if own and not changed else RESULTS), *([SHEET_FILE] if other_pictures else [])]
+    patterns = [*(ON_REQUEST if kept else RESULTS), *([SHEET_FILE] if other_pictures else [])]
     left = [path for pattern in patterns for path in output.glob(pattern)]
     left += [path for number, path in list_checkpoints(output).items() if number > step]
     drawn = list_validation_pictures(output).items()
@@ -2934,30 +3001,32 @@ def set_aside(args: Namespace, resumed: Checkpoint | None, step: int, changed: b
         logger.warning(f"Moved what an earlier run left to {folder}: {shorten([path.name for path in left])}")
 
 
-def lock_folder(folder: Path) -> None:
-    """Keep other runs on this machine out of `folder` while this process lives; one that is ending is waited for."""
-    unlock_folder()
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # beside the user's files it would stay
-    lock = FileLock(Path(tempfile.gettempdir()) / f"flux-{name}.lock")
-    for seconds in (0, LOCK_SECONDS):
+def lock_folder(flag: str, folder: Path, most: float) -> None:
+    """Keep other runs out of `folder`, the value of `flag`, while this process lives; wait for one that is ending.
+
+    A folder that is there is locked for other machines as well, where its disk can do that.
+    """
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    places = [Path(tempfile.gettempdir()) / f"flux-{name}.lock", *([folder / ".flux.lock"] if folder.is_dir() else [])]
+    for lock, seconds in itertools.product((FileLock(place) for place in places), (0, most)):
         try:
-            lock.acquire(timeout=seconds)
-            HELD.append(lock)  # only now: what this process does not hold it must not remove
-            return
+            if not lock.is_locked:
+                lock.acquire(timeout=seconds)
+                HELD.append(lock)  # only now: what this process does not hold it must not remove
         except Timeout:
-            if not seconds:
-                logger.warning(f"Another run is using {folder}; waiting up to {LOCK_SECONDS} s")
+            if seconds:
+                raise UsageError(
+                    f"{flag} is {str(folder)!r}, which another run is using; wait for it, or give another folder"
+                ) from None
+            logger.warning(f"Another run is using {folder}; waiting up to {most:g} s")
         except (OSError, NotImplementedError):  # a disk that has no locks
-            return
-    raise UsageError(
-        f"--output_dir is {str(folder)!r}, which another run is using; wait for it, or give another folder"
-    )
+            continue
 
 
 @atexit.register
-def unlock_folder() -> None:
-    """Let other runs into the folder that this process has locked, if it has."""
-    while HELD:
+def unlock_folders(keep: int = 0) -> None:
+    """Let other runs into the folders that this process has locked, but for the first `keep` locks."""
+    while len(HELD) > keep:
         with contextlib.suppress(OSError):  # Windows removes the file itself
             Path(HELD[-1].lock_file).unlink()
         HELD.pop().release()
@@ -2975,6 +3044,7 @@ def finished_state(args: Namespace, dataset: DreamBoothDataset) -> RunState | No
     changed = changed_flags(before, args, "result", "pictures", "warn", "refuse")
     pictures = fingerprint(dataset.sources)
     same = not changed and before.get("training pictures", pictures) == pictures
+    same = same and all((Path(args.output_dir) / name).exists() for name in [RESULTS[1], *final_pictures(args)])
     earlier = {"step": args.max_train_steps, "seed": before.get("seed")}  # of versions that did not write the state
     return RunState(**before.get("state", earlier)) if same and args.resume_from_checkpoint == "latest" else None
 
@@ -2982,10 +3052,8 @@ def finished_state(args: Namespace, dataset: DreamBoothDataset) -> RunState | No
 def mark_finished(args: Namespace, dataset: DreamBoothDataset, state: RunState) -> None:
     """Write the last file of a run, unless a picture that the flags ask for is missing."""
     if all((Path(args.output_dir) / name).exists() for name in final_pictures(args)):
-        partial = Path(args.output_dir) / f".{RESULT_FILE}{PARTIAL}"
         content = settings(args) | {"training pictures": fingerprint(dataset.sources), "state": asdict(state)}
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        replace_path(partial, Path(args.output_dir) / RESULT_FILE)
+        write_file(Path(args.output_dir) / RESULT_FILE, json.dumps(content, indent=2) + "\n")
 
 
 # ============================================ 14. Results, model card, Hub ============================================
@@ -3009,9 +3077,17 @@ def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dt
         t5 = from_base(T5EncoderModel, args, subfolder="text_encoder_2", dtype="auto")  # as in its file
         rest = from_base(FluxPipeline, args, text_encoder_2=t5, dtype=dtype, **dict.fromkeys(written))
         rest.save_pretrained(partial)
-        index = json.loads((partial / "model_index.json").read_text())
-        index |= {name: FluxPipeline.load_config(args.pretrained_model_name_or_path, **hub_options(args))[name]
-                  for name in written}  # fmt: skip
+        with contextlib.suppress(Exception):  # transformers 4 cannot read the tokenizers that transformers 5 writes
+            base, options = args.pretrained_model_name_or_path, hub_options(args, allow_patterns=["tokenizer*/*"])
+            options.pop("variant", None)
+            folder = Path(base) if Path(base).is_dir() else Path(snapshot_download(base, **options))
+            for name in ("tokenizer", "tokenizer_2"):
+                shutil.copytree(folder / name, partial / name, dirs_exist_ok=True)
+        index = json.loads((partial / "model_index.json").read_text()) | {
+            "transformer": ["diffusers", "FluxTransformer2DModel"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        }
         (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         clip = partial / "text_encoder" / "model.safetensors"
         # transformers 4 would take other names for no weights, and draw with random ones; transformers 5 takes both.
@@ -3048,6 +3124,9 @@ def whole_weights(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype
     Called on all processes: what is sharded is gathered tensor by tensor.
     """
     weights = {}
+    for module in unwrap(model).modules():
+        if hasattr(module, "reshard"):  # FSDP2 leaves some gathered, in bf16, after a forward without a backward pass
+            module.reshard()
     for name, parameter in unwrap(model).named_parameters():
         if not parameter.requires_grad:
             continue
@@ -3072,22 +3151,26 @@ def draw_final_pictures(
 ) -> None:
     """Draw pictures from what was saved, which proves the files; `image_<n>.png` and the trackers."""
     mine: dict[int, Image.Image] = {}
+    fits = contextlib.suppress(torch.OutOfMemoryError) if is_sharded(accelerator) else contextlib.nullcontext()
     # The first machine's processes share the work: another may not see what was saved.
     count, processes = args.num_validation_images * len(prompts), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     numbers = range(count)[accelerator.process_index :: processes]
     if accelerator.process_index == accelerator.local_process_index and numbers:
-        pipeline = load_results(args, dtype, accelerator.device).to(accelerator.device)
-        text_encoder = pipeline.text_encoder if args.train_text_encoder else None
-        embeds = [embed_prompt(accelerator, text_encoder, prompt) for prompt in prompts]
-        # In float16 the VAE's activations overflow.
-        models = (pipeline.transformer.eval(), pipeline.vae.float() if dtype == torch.float16 else pipeline.vae)
-        mine = sample_pictures(args, accelerator, *models, embeds, state.seed, numbers, "Final pictures")
+        with fits:
+            pipeline = load_results(args, dtype, accelerator.device).to(accelerator.device)
+            text_encoder = pipeline.text_encoder if args.train_text_encoder else None
+            embeds = [embed_prompt(accelerator, text_encoder, prompt) for prompt in prompts]
+            # In float16 the VAE's activations overflow.
+            models = (pipeline.transformer.eval(), pipeline.vae.float() if dtype == torch.float16 else pipeline.vae)
+            mine = sample_pictures(args, accelerator, *models, embeds, state.seed, numbers, "Final pictures")
     pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
-    if accelerator.is_main_process:
+    if len(pictures) < count:  # what is sharded may fit no GPU as a whole
+        logger.warning("The final pictures were not drawn: the whole model does not fit one GPU. The result is saved.")
+    elif accelerator.is_main_process:
         with warn_if_unwritable("The final pictures"):
             for number, picture in enumerate(pictures):
                 save_picture(picture, Path(args.output_dir) / f"image_{number}.png")
-        log_pictures(accelerator, "test", pictures, state.step)
+        log_pictures(args, accelerator, "test", pictures, state.step)
     accelerator.wait_for_everyone()
 
 
@@ -3106,13 +3189,12 @@ def loading_code(args: Namespace, source: str, base: str) -> str:
 from diffusers import FluxPipeline
 
 pipeline = FluxPipeline.from_pretrained({json.dumps(source, ensure_ascii=False)}, torch_dtype=torch.bfloat16).to("cuda")
-image = pipeline({prompt!r}, width={width}, height={height}).images[0]
+options = {{"width": {width}, "height": {height}, "max_sequence_length": {args.max_sequence_length}}}
+image = pipeline({prompt!r}, **options).images[0]
 image.save("image.png")"""
 
 
-def describe_training(
-    args: Namespace, accelerator: Accelerator, pictures: dict[str, list[Picture]], state: RunState
-) -> str:
+def describe_training(args: Namespace, accelerator: Accelerator, pictures: Pictures, state: RunState) -> str:
     """Rows of the model card: what was trained on, for how long and on what; flags that differ from their defaults."""
     read = getattr(torch.get_device_module(accelerator.device), "get_device_name", None)
     device = read(accelerator.device) if read else accelerator.device.type.upper()
@@ -3120,7 +3202,7 @@ def describe_training(
     prompts = len({picture.prompt for picture in pictures["instance"]})
     prior = f", {args.num_class_images} of the class" if args.with_prior_preservation else ""
     held_out = f", {len(pictures['validation'])} held out" if "validation" in pictures else ""
-    ends = ("_dir", "_path", "_checkpoint", "_lora")
+    ends = ("_dir", "_path", "_checkpoint", "_lora", "dataset_name")
     given = {name: Path(value) for name, value in vars(args).items() if name.endswith(ends) and value}
     paths = {name: path.name for name, path in given.items() if path.is_absolute()}  # nobody's home folder
     shown = Namespace(**vars(args) | paths | {"output_dir": OUTPUT_DIR, "scale_lr": False})  # the rate is scaled
@@ -3135,7 +3217,7 @@ def describe_training(
 
 
 def write_model_card(
-    args: Namespace, accelerator: Accelerator, repo_id: str, pictures: dict[str, list[Picture]], state: RunState
+    args: Namespace, accelerator: Accelerator, repo_id: str, pictures: Pictures, state: RunState
 ) -> None:
     """Write README.md for the Hub: gallery, trigger words, code that loads the result, what was trained, licence."""
     output, base, images = Path(args.output_dir), args.pretrained_model_name_or_path, final_pictures(args)
@@ -3183,9 +3265,14 @@ A DreamBooth {KIND} of {f"`{Path(base).name}`" if local else f"[{base}](https://
 
 FLUX.1 [dev]'s: [non-commercial]({licence}).
 """
-    partial = output / f".README.md{PARTIAL}"
-    ModelCard(text).save(partial)
-    replace_path(partial, output / "README.md")
+    write_file(output / "README.md", str(ModelCard(text)))
+
+
+def name_repository(args: Namespace, repo_id: str) -> None:
+    """In the code of the card that stands, whose text may be the user's, put the repository in the folder's place."""
+    card = Path(args.output_dir) / "README.md"
+    old, new = (json.dumps(name, ensure_ascii=False) for name in (card.resolve().parent.name, repo_id))
+    write_file(card, card.read_text(encoding="utf-8").replace(f"({old}", f"({new}"))
 
 
 def closing_summary(args: Namespace, state: RunState) -> str:
@@ -3201,7 +3288,10 @@ def create_repository(args: Namespace) -> str:
     """Make the Hub's repository if need be, before anything expensive; returns its full name."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
-        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+        api = HfApi(token=args.hub_token)
+        repo_id = api.create_repo(name, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)  # `create_repo` takes one that may only be read
+        return repo_id
     except Exception as error:  # whatever it is, the push would fail after hours
         raise UsageError(
             f"--push_to_hub: the Hub refused the repository {name!r}: {error}\n"
@@ -3288,7 +3378,10 @@ def stop_run(run: Run, number: int, saved: str) -> None:
         "To go on: the same command with --resume_from_checkpoint=latest"
     )
     end_training(run.accelerator)
-    if launcher_is_gone():  # with it went torch's store, which the process may wait for at its end
+    # With the launcher went torch's store, which the process may wait for at its end; one of several may wait for
+    # itself, where DDP is freed after its group.
+    if launcher_is_gone() or run.accelerator.num_processes > 1:
+        unlock_folders()
         sys.stdout.flush()
         os._exit(128 + number)
     raise SystemExit(128 + number)

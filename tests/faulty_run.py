@@ -5,6 +5,7 @@ files, or after some time. `Forker` is the other end, in the tests.
 """
 
 import ast
+import contextlib
 import functools
 import importlib
 import json
@@ -31,6 +32,7 @@ class Forker:
     """Starts runs in processes of their own, and says how they ended."""
 
     def __init__(self, folder: Path) -> None:
+        self.pids = set[int]()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
         command = [sys.executable, str(Path(__file__))]
         self.folder, self.runs = folder, 0
@@ -51,7 +53,9 @@ class Forker:
         self.runs += 1
         log = self.folder / f"run-{self.runs}.txt"
         log.touch()
-        return self.ask(start=script, argv=argv, log=str(log), fault=fault, ignored=ignored), log
+        pid: int = self.ask(start=script, argv=argv, log=str(log), fault=fault, ignored=ignored)
+        self.pids.add(pid)
+        return pid, log
 
     def poll(self, pid: int) -> int | None:
         """The exit code, negative for a signal, or None while the run goes on."""
@@ -67,6 +71,10 @@ class Forker:
         return code
 
     def close(self) -> None:
+        for pid in self.pids:  # what a test that failed left; each leads a group
+            if self.poll(pid) is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
         if self.process.stdin:
             self.process.stdin.close()
         self.process.wait(PATIENCE)

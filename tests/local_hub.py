@@ -18,6 +18,7 @@ class HubState:
 
     user: str = "tester"
     token: str | None = None  # refuse every other one
+    read_only: bool = False  # whether the token may only read
     refuse_commits: int = 0  # answer this many commits with a server error
     drop_blobs: int = 0  # hang up on this many uploads of a large file
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Authorization
@@ -87,6 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         r"/api/whoami-v2": "who_am_i",
         r"/api/repos/create": "create_repository",
         r"/api/validate-yaml": "validate_card",
+        r"/api/models/([^/]+/[^/]+)/auth-check/write": "check_access",
         r"/api/models/([^/]+/[^/]+)/preupload/main": "plan_upload",
         r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch": "offer_blobs",
         r"/blobs/(\w+)": "take_blob",
@@ -102,9 +104,17 @@ class Handler(BaseHTTPRequestHandler):
         access = {"accessToken": {"role": "write", "displayName": "test"}}
         self.answer({"name": self.state.user, "type": "user", "orgs": [], "auth": access})
 
+    def check_access(self, _: bytes, name: str) -> None:
+        self.answer(
+            {"error": f"no write access to {name}"} if self.state.read_only else {},
+            403 if self.state.read_only else 200,
+        )
+
     def create_repository(self, body: bytes) -> None:
         wanted = json.loads(body)
         name = f"{wanted.get('organization') or self.state.user}/{wanted['name']}"
+        if self.state.read_only:
+            return self.answer({"error": "no write access"}, 403)
         self.state.repositories.setdefault(name, {})
         self.answer({"url": f"{self.address}/{name}", "name": name, "id": "1"})
 

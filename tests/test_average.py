@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import Run, both_scripts, one_script
+from conftest import SCRIPTS, Run, both_scripts, one_script
 from tests.test_checkpoints import WEIGHTS
 
 pytestmark = one_script
@@ -129,9 +129,8 @@ def test_sharded_weights_are_refused_before_anything_is_loaded(
         run(script, "--use_ema")
 
 
+@pytest.mark.parametrize("script", [SCRIPTS["full"]], ids=["full"])
 def test_the_average_of_bfloat16_weights_is_float32(script: ModuleType, run: Run, result: list[Tensor]) -> None:
-    if not hasattr(script, "PerParameterOptimizer"):
-        pytest.skip("adapters are float32")
     output = run(script, *FLAGS, "--use_ema", "--full_bf16", "--mixed_precision=bf16", "--checkpointing_steps=5")
     state = torch.load(output / "checkpoint-5" / "custom_checkpoint_0.pkl", weights_only=True)
     assert {shadow.dtype for shadow in state["shadow_params"]} == {torch.float32}

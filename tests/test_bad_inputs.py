@@ -213,12 +213,23 @@ def bad_repository(place: Place) -> list[str]:
     return ["--push_to_hub", "--hub_token=hf_secret", "--hub_model_id=not a name"]
 
 
+def token_that_may_only_read(place: Place) -> list[str]:
+    place.hub.read_only = True
+    place.hub.repositories["tester/sks-dog"] = {}
+    return ["--push_to_hub", "--hub_token=hf_secret", "--hub_model_id=tester/sks-dog"]
+
+
 PRIOR = ("--with_prior_preservation", "--class_prompt=a dog")
 # What is bad: how it is made, and the words of the message.
 TABLE: dict[str, tuple[Build, list[str]]] = {
     # flags
     "no source of pictures": (given("--instance_data_dir="), ["--instance_data_dir", "--dataset_name"]),
     "two sources of pictures": (given("--dataset_name=dogs"), ["--instance_data_dir", "--dataset_name", "both"]),
+    "masks among the pictures": (
+        given("--instance_data_dir=dogs", "--mask_data_dir=dogs"),
+        ["--mask_data_dir", "--instance_data_dir", "same folder"],
+    ),
+    "a trigger word in Latin-1": (given("--trigger_word=caf\udce9"), ["word", "UTF-8", "caf"]),
     "no prompts": (given("--instance_prompt="), ["--instance_prompt", "--caption_column", "--caption_extension"]),
     "a caption column of no table": (
         given("--caption_column=text", "--instance_prompt="),
@@ -255,13 +266,13 @@ TABLE: dict[str, tuple[Build, list[str]]] = {
         ["--lr_step_rules", "1:ten,0.1"],
     ),
     "a repository's name in three parts": (given("--hub_model_id=a/b/c"), ["--hub_model_id", "'a/b/c'"]),
-    "a resolution that cannot be packed": (given("--resolution=500"), ["--resolution", "500"]),
+    "a resolution below a token": (given("--resolution=8"), ["--resolution", "8", "16"]),
     "a resolution of nothing": (given("--resolution=0"), ["--resolution", "16"]),
     "a batch of nothing": (given("--train_batch_size=0"), ["--train_batch_size", "1 or more"]),
     "a rate that is no number": (given("--learning_rate=nan"), ["--learning_rate", "nan"]),
     "a prompt too long for the model": (given("--max_sequence_length=600"), ["--max_sequence_length", "512"]),
     "several flags at once": (
-        given("--resolution=500", "--train_batch_size=0", "--optimizer=sgd"),
+        given("--resolution=8", "--train_batch_size=0", "--optimizer=sgd"),
         ["--resolution", "--train_batch_size", "--optimizer"],
     ),
     "a misspelt flag": (given("--traln_batch_size=1"), ["--traln_batch_size"]),
@@ -385,6 +396,7 @@ TABLE: dict[str, tuple[Build, list[str]]] = {
         refused_token("--output_dir=new/deeper/out"),
         ["--push_to_hub", "--hub_token"],
     ),
+    "a token that may only read": (token_that_may_only_read, ["--push_to_hub", "tester/sks-dog"]),
     "a Hub that cannot be reached": (unreachable_hub, ["--push_to_hub", "leave --push_to_hub out"]),
     "a repository's name that the Hub refuses": (bad_repository, ["--push_to_hub", "--hub_model_id", "'not a name'"]),
 }
@@ -412,8 +424,12 @@ def base_flags(model: Path, pictures: Path) -> list[str]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` with its content; an empty folder made on the way does no harm."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below `folder` with its content; an empty folder made on the way does no harm.
+
+    Not the lock of the run, which goes with the process.
+    """
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".flux.lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def exit_of(script: ModuleType, argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
@@ -499,7 +515,7 @@ def test_what_only_the_machine_knows_not_to_work_is_said_before_a_model_is_loade
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("full", "a resolution that cannot be packed"), ("lora", "a checkpoint with a damaged file")]
+    ("kind", "name"), [("full", "a resolution below a token"), ("lora", "a checkpoint with a damaged file")]
 )
 def test_the_command_itself_exits_with_2_and_without_a_traceback(
     kind: str,

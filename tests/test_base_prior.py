@@ -154,7 +154,9 @@ def test_a_mask_weighs_the_subject_alone() -> None:
         logit_mean=0.0, logit_std=1.0, mode_scale=1.0, guidance_scale=1.0,
     )  # fmt: skip
     embeds = {name: script.PromptEmbeds(torch.zeros(3, 8), torch.zeros(8), torch.zeros(77)) for name in "ab"}
-    data = SimpleNamespace(prompts=embeds, scheduler_config=None, shift_factor=0.0, scaling_factor=1.0)
+    data = SimpleNamespace(
+        prompts=embeds, scheduler_config=None, vae_config=SimpleNamespace(shift_factor=0.0, scaling_factor=1.0)
+    )
     trained = SimpleNamespace(
         text_encoder=None, transformer=SimpleNamespace(config=SimpleNamespace(guidance_embeds=False))
     )

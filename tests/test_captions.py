@@ -184,3 +184,28 @@ def test_prompts_that_an_encoder_cuts_are_counted_before_training(
         "1 prompts are cut: CLIP reads 77 tokens",
         "3 prompts are cut: T5 (--max_sequence_length) reads 15 tokens",
     ]
+
+
+def test_a_caption_with_the_trigger_needs_a_word_for_it(script: ModuleType, folder: Path) -> None:
+    (folder / "dog_00.txt").write_text("a photo of {trigger} in snow")
+    args = parse(script, folder, "--caption_extension=.txt", "--instance_prompt=a dog")
+    with pytest.raises(script.UsageError, match=r"the caption of .* has \{trigger\}, which stands for --trigger_word"):
+        script.list_pictures(args)
+
+
+def test_pictures_of_a_folder_that_the_datasets_library_leaves_out_are_counted(
+    script: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "dogs"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (40, 40), "navy").save(folder / f"{name}.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a dog"}\n')
+    flags = [
+        f"--dataset_name={folder}",
+        "--instance_data_dir=",
+        "--caption_column=text",
+        f"--cache_dir={tmp_path / 'cache'}",
+    ]
+    assert len(script.list_pictures(parse(script, folder, *flags, "--instance_prompt=a dog"))["instance"]) == 1
+    assert "of whose 3 picture files 1 are used" in caplog.text

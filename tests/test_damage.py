@@ -289,7 +289,8 @@ def test_a_disk_that_is_full_at_the_result_ends_the_run_with_one_line_and_no_lef
         patch.setattr(script, "replace_path", refuse)
         with pytest.raises(script.RunError, match=r"^[^\n]*[\d,]+ bytes[^\n]*--resume_from_checkpoint=latest[^\n]*$"):
             run(script, "--resume_from_checkpoint=latest", "--checkpointing_steps=1")
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-1", "checkpoint-2", "flags.txt"]
+    left = {path.name for path in output.iterdir()}
+    assert left - {".flux.lock"} == {"checkpoint-1", "checkpoint-2"}
     run(script, "--resume_from_checkpoint=latest")
     assert_same_weights(script, output, trained[script.__name__])
 
@@ -331,10 +332,6 @@ def test_out_of_memory_says_in_which_stage_and_what_was_in_use(
     assert "Tried to allocate 2.00 GiB" in message
     used = re.search(r"peak_host_memory (\d+\.\d\d) GiB", message)
     assert used and 0.1 < float(used[1]) < 64
-
-
-BEFORE = ["--gradient_checkpointing", "--cache_latents", "--train_batch_size=1", "--mixed_precision=bf16"]
-AFTER = ["--sample_batch_size=1", "--resolution"]
 
 
 @both_scripts

@@ -1,16 +1,23 @@
 """Where people are: Windows, old tokenizers, other machines' checkpoints, files for others to read, first messages."""
 
+import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth_lora_flux as lora
@@ -151,3 +158,116 @@ def test_a_script_starts_without_warnings_of_libraries(base_flags: list[str], tm
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=True)
     said = [line for line in done.stderr.splitlines() if " INFO " not in line and line[:1] not in ("", " ")]
     assert said == []
+
+
+def test_what_is_in_the_cache_loads_where_the_hub_hangs_up(script: ModuleType, base_flags: list[str]) -> None:
+    """diffusers and the Hub's client turn to the cache for some failures only."""
+
+    class Kind:
+        @staticmethod
+        def from_pretrained(name: str, subfolder: str, local_files_only: bool = False) -> str:
+            if not local_files_only:
+                raise RuntimeError("Server disconnected without sending a response.")
+            return f"{name}/{subfolder}"
+
+    args = script.parse_args([*base_flags, "--pretrained_model_name_or_path=me/flux"])
+    assert script.from_base(Kind, args, subfolder="vae") == "me/flux/vae"
+    with pytest.raises(script.UsageError, match="Server disconnected"):  # a folder is no cache
+        script.from_base(Kind, script.parse_args(base_flags), subfolder="vae")
+
+
+def test_a_gated_model_says_how_to_get_in(
+    script: ModuleType, base_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As diffusers has it: the Hub's own words are the error's context."""
+
+    def load_config(*_: object, **__: object) -> None:
+        try:
+            raise ValueError("Access to model me/flux is restricted.")
+        except ValueError as error:
+            raise OSError("me/flux is not a local folder\nIf this is a private repository ...") from error
+
+    monkeypatch.setattr(script.FluxPipeline, "load_config", load_config)
+    with pytest.raises(script.UsageError, match=r"not a local folder.*is restricted.*`hf auth login`"):
+        script.check_model(script.parse_args([*base_flags, "--pretrained_model_name_or_path=me/flux"]))
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EIO])
+def test_a_disk_that_cannot_flush_a_folder_keeps_checkpoints(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert list(script.list_checkpoints(run(script, "--checkpointing_steps=1"))) == [1, 2]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_pruned_without_harm(
+    script: ModuleType, run: Run, tmp_path: Path
+) -> None:
+    output = run(script, "--checkpointing_steps=1")
+    (output / "checkpoint-1").rename(tmp_path / "moved")
+    (output / "checkpoint-1").symlink_to(tmp_path / "moved")
+    flags = ("--checkpointing_steps=1", "--checkpoints_total_limit=1", "--max_train_steps=3")
+    run(script, *flags, "--resume_from_checkpoint=latest")
+    assert list(script.list_checkpoints(output)) == [3] and (tmp_path / "moved" / script.STATE_FILE).is_file()
+    assert not list(output.glob(f".*{script.PARTIAL}"))
+
+
+def test_flags_that_cannot_be_written_do_not_end_the_run(
+    script: ModuleType, run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_text
+
+    def write_text(path: Path, *given: Any, **options: Any) -> int:
+        if script.FLAGS_FILE in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *given, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    output = run(script)
+    assert "flags.txt could not be written" in caplog.text and (output / script.RESULT_FILE).is_file()
+
+
+def test_what_the_command_line_cannot_spell_in_utf_8_is_written_as_it_came(script: ModuleType, tmp_path: Path) -> None:
+    script.write_file(tmp_path / "flags.txt", "--instance_data_dir=M\udcfcller\n")
+    assert (tmp_path / "flags.txt").read_bytes() == b"--instance_data_dir=M\xfcller\n"
+    assert list(script.read_words([f"@{tmp_path / 'flags.txt'}"])) == ["--instance_data_dir=M\udcfcller"]
+
+
+def test_a_checkpoint_of_a_moved_folder_is_found_by_its_name(
+    script: ModuleType, run: Run, base_flags: list[str]
+) -> None:
+    output = run(script, "--checkpointing_steps=1")
+    found = script.find_checkpoint(
+        script.parse_args(
+            [*base_flags, f"--output_dir={output}", "--resume_from_checkpoint=elsewhere/out/checkpoint-1"]
+        )
+    )
+    assert found.folder == output / "checkpoint-1"
+
+
+def test_another_run_that_draws_the_same_class_pictures_is_waited_for(
+    script: ModuleType, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, drawn = tmp_path / "class", threading.Event()
+    folder.mkdir()
+
+    def draw_the_others() -> None:
+        with FileLock(folder / ".flux.lock"):
+            drawn.set()
+            while "Another run is using" not in caplog.text:
+                time.sleep(0.01)
+            for number in range(2):
+                Image.new("RGB", (32, 32), "navy").save(folder / f"class_{number:05d}.png")
+
+    other = threading.Thread(target=draw_the_others)
+    other.start()
+    drawn.wait()
+    prior = ("--with_prior_preservation", "--class_prompt=a dog", f"--class_data_dir={folder}", "--num_class_images=2")
+    run(script, *prior)
+    other.join()
+    assert {path.name for path in folder.iterdir()} == {"class_00000.png", "class_00001.png"}
+    assert [Image.open(path).getpixel((0, 0)) for path in folder.iterdir()] == [(0, 0, 128)] * 2

@@ -290,12 +290,37 @@ def test_fsdp1_is_refused(script: ModuleType) -> None:
         (("ZeRO-3", 8), ("ZeRO-3", 8), True),
         (("ZeRO-3", 8), ("ZeRO-3", 4), False),
         (("ZeRO-2", 8), ("ZeRO-3", 8), False),
+        (("ZeRO-3", 8, "bf16"), ("ZeRO-3", 8, "no"), False),  # DeepSpeed names its files by it
+        (("FSDP2", 8, "bf16"), ("FSDP2", 4, "no"), True),
         (("DDP", 2), ("FSDP2", 2), False),
     ],
 )
 def test_an_optimizers_state_is_kept_where_it_fits(script: ModuleType, before: Any, now: Any, fits: bool) -> None:
-    facts = [dict(zip(("engine", "processes"), run, strict=True)) for run in (before, now)]
+    facts = [dict(zip(("engine", "processes", "precision"), run, strict=False)) for run in (before, now)]
     assert script.optimizer_fits(*facts) is fits
+
+
+def test_fsdps_own_checkpointing_which_renames_weights_is_refused(script: ModuleType) -> None:
+    plugin = SimpleNamespace(activation_checkpointing=True)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state)
+    args = script.parse_args([*COMMON, "--pretrained_model_name_or_path=x", "--instance_data_dir=y"])
+    with pytest.raises(script.UsageError, match="fsdp_activation_checkpointing; set it to false"):
+        script.set_up_engine(args, accelerator)
+
+
+@pytest.mark.parametrize(("engine", "wanted"), [("FSDP", 2 * 4 + 80), ("MULTI_GPU", 4 + 80), ("DEEPSPEED", 4 + 3 * 80)])
+def test_the_bytes_of_a_checkpoint_are_those_of_all_processes(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, wanted: int
+) -> None:
+    """FSDP2 writes shards beside the whole, DeepSpeed a part of each process; here 1,000 numbers and 80,000 bytes."""
+    accelerator = SimpleNamespace(distributed_type=DistributedType[engine], num_processes=3, is_main_process=True)
+    optimizer = SimpleNamespace(state_dict=lambda: {"state": torch.zeros(20_000)})
+    trained = SimpleNamespace(size=1000, ema=None, optimizer=optimizer)
+    state, args = SimpleNamespace(step=1), argparse.Namespace(output_dir=str(tmp_path))
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(script.RunError, match=f"needs about {2**20 + 1000 * wanted:,} bytes"):
+        script.save_checkpoint(SimpleNamespace(args=args, accelerator=accelerator, trained=trained, state=state))
 
 
 def check_machines(script: ModuleType, tmp_path: Path, seen: Any, engine: str, resumed: Any, **flags: Any) -> None:
@@ -315,33 +340,22 @@ def check_machines(script: ModuleType, tmp_path: Path, seen: Any, engine: str, r
 @pytest.mark.parametrize(
     ("seen", "message"),
     [
-        (([("instance", "other.png", "a dog")], True, ["--output_dir"]), "different pictures"),
-        (([], False, ["--output_dir"]), "not on all machines"),
-        (([], True, []), "--output_dir is .* not all machines share"),
+        (([("instance", "other.png", "a dog")], None, ["--output_dir"]), "different pictures"),
+        (([], "another", ["--output_dir"]), "not the same on all machines"),
+        (([], None, []), "--output_dir is .* not all machines share"),
     ],
 )
 def test_what_a_machine_lacks_is_said(script: ModuleType, tmp_path: Path, seen: Any, message: str) -> None:
     with pytest.raises(script.UsageError, match=message):
         check_machines(
-            script, tmp_path, seen, DistributedType.FSDP, None if seen[1] else script.Checkpoint(tmp_path, {})
+            script, tmp_path, seen, DistributedType.FSDP, script.Checkpoint(tmp_path, {}) if seen[1] else None
         )
 
 
 def test_replicas_need_no_shared_output_folder(script: ModuleType, tmp_path: Path) -> None:
-    check_machines(script, tmp_path, ([], True, []), DistributedType.MULTI_GPU, None)
+    check_machines(script, tmp_path, ([], None, []), DistributedType.MULTI_GPU, None)
     with pytest.raises(script.UsageError, match=r"--class_data_dir is .* not all machines share"):
-        check_machines(script, tmp_path, ([], True, []), DistributedType.MULTI_GPU, None, with_prior_preservation=True)
-
-
-def test_a_missing_deepspeed_is_named(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    find_spec = script.find_spec
-    monkeypatch.setattr(script, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
-    with pytest.raises(SystemExit):
-        script.parse_args([*COMMON, "--pretrained_model_name_or_path=x", "--instance_data_dir=y"])
-    assert "pip install deepspeed" in capsys.readouterr().err
+        check_machines(script, tmp_path, ([], None, []), DistributedType.MULTI_GPU, None, with_prior_preservation=True)
 
 
 def test_unwrapping_a_model_does_not_import_deepspeed(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -82,3 +83,25 @@ def test_a_run_in_float32_goes_on_in_fp16(script: ModuleType, run: Run, logged: 
     flags = ("--mixed_precision=fp16", "--max_train_steps=2", "--resume_from_checkpoint=latest")
     output = run(script, *flags, "--checkpointing_steps=1")
     assert len(logged) == 2 and (output / "checkpoint-2" / "scaler.pt").is_file()
+
+
+def test_gradients_that_are_never_finite_end_the_run(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler skips such steps; a run of nothing else would end well, with the weights that it began with."""
+    loss = script.training_loss
+    monkeypatch.setattr(script, "training_loss", lambda *given: Broken.apply(loss(*given)))
+    with pytest.raises(script.RunError, match=r"at step 3\d, its gradient's norm nan"):
+        run(script, "--mixed_precision=fp16", "--max_train_steps=60")
+
+
+class Broken(torch.autograd.Function):
+    """A loss that is a number, with a gradient that is none."""
+
+    @staticmethod
+    def forward(_: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * torch.nan

@@ -2,8 +2,9 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
@@ -139,6 +140,27 @@ def test_a_finished_run_that_is_pushed_later_has_a_card_that_names_the_repositor
     mark = json.loads((output / script.RESULT_FILE).read_text())
     mark |= {"seed": None}  # as if it had been drawn
     (output / script.RESULT_FILE).write_text(json.dumps(mark))
+    with (output / "README.md").open("a") as file:
+        file.write("What I found out\n")
     run(script, "--max_train_steps=3", "--resume_from_checkpoint=latest", *PUSH)
     card = uploaded(hub)["README.md"].decode()
     assert '("tester/sks-dog"' in card and "3 steps of" in card and "seed 5\n" in card
+    assert card.endswith("What I found out\n")
+
+
+def test_the_command_line_that_trackers_upload_has_no_token(
+    script: ModuleType, base_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token=hf_secret", "--hub_token", "hf_secret"])
+    args = script.parse_args([*base_flags, "--hub_token=hf_secret"])
+    seen: list[str] = []
+    script.start_trackers(args, SimpleNamespace(init_trackers=lambda *_, **__: seen.extend(sys.argv)))
+    assert seen == ["train.py", "--hub_token=***", "--hub_token", "***"]
+
+
+def test_a_token_of_an_unset_variable_is_none_and_one_of_a_file_is_stripped(
+    script: ModuleType, base_flags: list[str]
+) -> None:
+    assert script.parse_args([*base_flags, "--hub_token="]).hub_token is None
+    assert script.parse_args([*base_flags, "--hub_token=hf_secret\r\n"]).hub_token == "hf_secret"
+    assert "revision" not in script.hub_options(script.parse_args([*base_flags, "--revision="]))

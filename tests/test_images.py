@@ -7,6 +7,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers import FluxPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -450,3 +453,43 @@ def test_whatever_a_decoder_raises_names_the_picture(script: ModuleType) -> None
 
     with pytest.raises(script.UsageError, match=r"odd\.avif: required argument"):
         script.check_pictures([script.Picture("odd.avif", fail, "a dog")])
+
+
+def test_a_photo_is_decoded_once_for_all_epochs_and_each_crop_is_as_before(
+    script: ModuleType, base_flags: list[str]
+) -> None:
+    """Decoding a photo of 24 megapixels takes as long as a training step."""
+    decoded: list[str] = []
+    args = script.parse_args([*base_flags, "--random_flip"])
+
+    def counted(picture: Any) -> Any:
+        return replace(picture, open=lambda: (decoded.append(picture.name), picture.open())[1])
+
+    [plain, *_] = script.list_pictures(args)["instance"]
+    picture = counted(plain)
+    for epoch in range(3):
+        loaded = script.load_picture(picture, (32, 32), args, script.generator_for(0, epoch))
+        crop = loaded["crop"]
+        expected = script.to_pixels(script.crop_picture(plain.read(), crop, "lanczos"))
+        assert torch.equal(loaded["pixels"], expected)
+    assert decoded == [picture.name]
+
+
+def test_class_pictures_that_are_missing_are_drawn_each_from_its_own_noise(
+    script: ModuleType, run: Run, base_flags: list[str], tiny_flux: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "class"
+    folder.mkdir()
+    Image.new("RGB", (40, 40), "navy").save(folder / "class_00001.png")
+    flags = ["--with_prior_preservation", "--class_prompt=a dog", f"--class_data_dir={folder}", "--num_class_images=4"]
+    run(script, *flags, "--sample_batch_size=2", "--max_train_steps=1")
+    drawn = {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
+    assert list(drawn) == [f"class_{number:05d}.png" for number in range(4)]
+    assert drawn["class_00001.png"].shape == (40, 40, 3) and len({one.tobytes() for one in drawn.values()}) == 4
+    pipeline = FluxPipeline.from_pretrained(tiny_flux)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = script.generator_for(0, "class picture", 2)
+    expected = pipeline("a dog", height=32, width=32, max_sequence_length=16, generator=noise).images[0]
+    assert np.abs(drawn["class_00002.png"] - np.asarray(expected).astype(int)).max() <= 1
+    args = script.parse_args([*base_flags, *flags, "--num_class_images=3"])
+    assert len(script.prepare_dataset(args, Accelerator(), script.list_pictures(args), 0).sources["class"]) == 3

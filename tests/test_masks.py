@@ -209,3 +209,23 @@ def test_another_mask_is_another_training(
     Image.new("L", (77, 77)).save(masks / "dog_2.webp")
     run(script, *flags, "--max_train_steps=2", "--resume_from_checkpoint=latest")
     assert "training pictures was" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_in_a_mask_is_not_painted(script: ModuleType, tmp_path: Path, mode: str) -> None:
+    mask = Image.new(mode, (8, 8), (255,) * (len(mode) - 1) + (0,))  # programs may keep white under it
+    mask.paste((255,) * len(mode), (0, 0, 4, 4))
+    mask.save(tmp_path / "mask.png")
+    found = np.asarray(script.open_mask(tmp_path / "mask.png"))
+    assert found.shape == (8, 8) and (found[:4, :4] == 255).all() and found.sum() == 255 * 16
+
+
+def test_the_validation_loss_counts_masks(
+    script: ModuleType, run: Run, folders: tuple[Path, Path], losses: list[float]
+) -> None:
+    flags = [f"--instance_data_dir={folders[0]}", "--validation_loss", "--max_train_steps=1"]
+    run(script, *flags)
+    plain = losses[0]
+    losses.clear()
+    run(script, *flags, f"--mask_data_dir={folders[1]}", "--unmasked_weight=0")
+    assert losses[0] != pytest.approx(plain, rel=1e-3)

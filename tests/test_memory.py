@@ -355,9 +355,18 @@ def test_contradictions_of_full_fine_tuning_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_bf16_weights_need_bf16_from_the_configuration_too(run: Run) -> None:
-    with pytest.raises(full.UsageError, match="accelerate's configuration says no"):
-        run(full, "--full_bf16")
+@pytest.mark.parametrize(("flag", "precision"), [("--full_bf16", "no"), ("--fused_backward_pass", "fp16")])
+def test_the_precision_of_the_configuration_counts_too(
+    base_flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    precision: str,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(SystemExit):
+        full.parse_args([*base_flags, flag])
+    assert flag in capsys.readouterr().err
 
 
 def test_swapping_needs_checkpointing(base_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

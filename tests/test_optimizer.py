@@ -95,3 +95,28 @@ def test_each_micro_batch_draws_another_dropout_of_the_adapters_and_repeats_it_w
     assert len(set(one[::layers])) == 10, "the first layer's masks"
     assert one == again
     assert not set(one[::layers]) & set(other[::layers])
+
+
+@pytest.mark.parametrize(
+    ("flags", "factors"),
+    [
+        (["--lr_scheduler=linear", "--lr_warmup_steps=2"], [0.5, 1, 0.75, 0.5, 0.25, 0]),
+        (["--lr_scheduler=polynomial", "--lr_warmup_steps=0", "--lr_power=2"], [(1 - n / 6) ** 2 for n in range(1, 7)]),
+        (["--lr_scheduler=polynomial", "--lr_warmup_steps=6"], [n / 6 for n in range(1, 7)]),
+        (["--scale_lr", "--train_batch_size=2"], [4] * 6),
+    ],
+    ids=["linear", "polynomial", "a warm-up of all steps", "scaled"],
+)
+def test_the_rate_follows_its_schedule_by_optimizer_steps(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, flags: list[str], factors: list[float]
+) -> None:
+    """Logged after the step: the rate of the next one."""
+    rates: list[float] = []
+    monkeypatch.setattr(Accelerator, "log", lambda _, values, **__: rates.append(values["lr"]))
+    run(script, *flags, "--max_train_steps=6", "--gradient_accumulation_steps=2", "--learning_rate=1e-3")
+    assert rates == pytest.approx([1e-3 * factor for factor in factors], abs=2e-7)
+
+
+def test_a_warm_up_that_never_ends_is_said(script: ModuleType, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run(script, "--lr_scheduler=cosine")
+    assert "--lr_warmup_steps=500 is not below the 2 steps: the learning rate only rises" in caplog.text

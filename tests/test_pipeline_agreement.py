@@ -156,7 +156,7 @@ def test_a_trained_clip_pools_a_prompt_as_the_pipeline_does(
     script: ModuleType, args: argparse.Namespace, accelerator: Accelerator, pipeline: FluxPipeline
 ) -> None:
     for prompt, embeds in script.encode_prompts(args, accelerator, PROMPTS, torch.float32).items():
-        pooled = script.pool_with_clip(pipeline.text_encoder, embeds.clip_ids[None])
+        pooled = script.embed_prompt(accelerator, pipeline.text_encoder, embeds).pooled_prompt_embeds[None]
         torch.testing.assert_close(pooled, pipeline.encode_prompt(prompt)[1], rtol=1e-6, atol=1e-6)
 
 
@@ -165,9 +165,7 @@ def test_latents_are_a_draw_from_the_posterior_shifted_and_scaled_as_the_vae_say
 ) -> None:
     config = AutoencoderKL.load_config(tiny_flux, subfolder="vae")
     mean, std, noise = (normal(2, 16, 4, 4, seed=seed) for seed in range(3))
-    latents = script.sample_latents(
-        script.LatentDistribution(mean, std), noise, config["shift_factor"], config["scaling_factor"]
-    )
+    latents = script.sample_latents(script.LatentDistribution(mean, std), noise, argparse.Namespace(**config))
     torch.testing.assert_close(latents, (mean + std * noise - 0.1159) * 0.3611)
 
 
@@ -176,9 +174,9 @@ def test_a_run_scales_latents_by_the_vaes_numbers(
 ) -> None:
     numbers, sample_latents = list[tuple[float, ...]](), script.sample_latents
 
-    def record(distribution: Any, noise: Tensor, *factors: float) -> Tensor:
-        numbers.append(factors)
-        return sample_latents(distribution, noise, *factors)
+    def record(distribution: Any, noise: Tensor, config: Any) -> Tensor:
+        numbers.append((config.shift_factor, config.scaling_factor))
+        return sample_latents(distribution, noise, config)
 
     monkeypatch.setattr(script, "sample_latents", record)
     run(script)
@@ -197,12 +195,21 @@ class Decoder(nn.Module):
         return argparse.Namespace(sample=torch.zeros(1, 3, 32, 32))
 
 
+def draw(script: ModuleType, packed: Tensor, vae: Any) -> Any:
+    """What `draw_pictures` makes of the latents that a sampler gives."""
+    sampler = FluxPipeline(None, None, None, None, None, None, None)
+    sampler.__class__ = type(
+        "Sampler", (FluxPipeline,), {"__call__": lambda *_, **__: argparse.Namespace(images=packed)}
+    )
+    prompt = script.PromptEmbeds(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    return script.draw_pictures(sampler, vae, [prompt], (32, 32), torch.float32, [])[0]
+
+
 def test_decoding_undoes_the_scaling_of_training(script: ModuleType, pipeline: FluxPipeline) -> None:
     drawn, decoder = normal(1, 16, 4, 4, seed=0), Decoder(pipeline.vae)
     distribution = script.LatentDistribution(drawn, torch.zeros_like(drawn))
-    config = pipeline.vae.config
-    latents = script.sample_latents(distribution, torch.ones_like(drawn), config.shift_factor, config.scaling_factor)
-    script.decode_latents(decoder, script.pack_latents(latents), (32, 32))
+    latents = script.sample_latents(distribution, torch.ones_like(drawn), pipeline.vae.config)
+    draw(script, script.pack_latents(latents), decoder)
     torch.testing.assert_close(decoder.latents, drawn)
 
 
@@ -210,7 +217,7 @@ def test_latents_are_decoded_as_the_pipeline_decodes_them(script: ModuleType, pi
     packed = normal(1, 4, 64, seed=0)
     Model(pipeline.transformer, torch.zeros_like(packed))
     expected = pipeline(**embeds(), height=32, width=32, latents=packed, num_inference_steps=1).images[0]
-    assert np.array_equal(script.decode_latents(pipeline.vae, packed, (32, 32)), expected)
+    assert np.array_equal(draw(script, packed, pipeline.vae), expected)
 
 
 def test_pictures_drawn_on_the_way_are_those_of_the_pipeline(

@@ -1,5 +1,6 @@
 """A folder that is used again: nothing of an earlier run is lost, and nothing of it is taken for the new one's."""
 
+import itertools
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ EXTRA = {"train_dreambooth_flux": "--save_single_file", "train_dreambooth_lora_f
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {".flux.lock"}  # which goes with the process
 
 
 @pytest.fixture
@@ -129,6 +130,46 @@ def test_a_finished_result_is_kept_where_other_flags_train_it_again(script: Modu
     old = (output / weights).read_bytes()
     run(script, *flags, LATEST, "--learning_rate=1e-1")
     assert (output / "earlier-1" / weights).read_bytes() == old != (output / weights).read_bytes()
+
+
+def test_a_result_that_no_checkpoint_has_is_kept_where_the_run_is_made_longer(script: ModuleType, run: Run) -> None:
+    weights = WEIGHTS[script.__name__]
+    output = run(script, "--max_train_steps=4", "--checkpointing_steps=3")
+    old = (output / weights).read_bytes()
+    run(script, "--max_train_steps=6", "--checkpointing_steps=3", LATEST)
+    assert (output / "earlier-1" / weights).read_bytes() == old != (output / weights).read_bytes()
+    run(script, "--max_train_steps=7", "--checkpointing_steps=3", LATEST)  # checkpoint-6 has that result's weights
+    assert not (output / "earlier-2").exists()
+
+
+def test_a_result_that_was_taken_away_is_made_again(script: ModuleType, run: Run) -> None:
+    output = run(script, EVERY)
+    (output / script.RESULTS[1]).rename(output / "mine")
+    run(script, EVERY, LATEST)
+    assert (output / script.RESULTS[1]).read_bytes() == (output / "mine").read_bytes()
+
+
+def test_a_signal_cuts_a_validation_short_and_the_resumed_run_makes_it_up(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--validation_prompt=a dog", "--validation_steps=2", "--num_validation_images=3", "--max_train_steps=3")
+    whole = run(script, *flags, f"--output_dir={tmp_path / 'whole'}")
+    draw, drawn = script.draw_pictures, itertools.count()
+
+    def draw_pictures(*given: Any, **options: Any) -> Any:
+        if next(drawn) == 4:  # the second one of step 2; three are of step 0
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return draw(*given, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(script, "draw_pictures", draw_pictures)
+        run(script, *flags)
+    output = tmp_path / "out"
+    assert next(drawn) == 5 and list(script.list_checkpoints(output)) == [2]
+    assert names(output / "validation") == {f"step_000000_{number}.png" for number in range(3)}
+    run(script, *flags, LATEST)
+    for path in (whole / "validation").iterdir():
+        assert (output / "validation" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_pictures_after_the_step_of_a_checkpoint_are_not_shown_once_it_goes_another_way(
@@ -291,18 +332,18 @@ def test_a_push_that_was_cut_off_is_done_by_latest(
 def test_two_runs_do_not_write_to_one_folder(
     script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(script, "LOCK_SECONDS", 1)
+    monkeypatch.setattr(script, "LOCK_SECONDS", 0.1)
     output = tmp_path / "out"
     (output / ".checkpoint-1.flux-partial").mkdir(parents=True)  # which the other one is writing
-    script.lock_folder(output)
+    script.lock_folder("--output_dir", output, 0)
     other = FileLock(script.HELD[0].lock_file)
-    script.unlock_folder()
+    script.unlock_folders()
     other.acquire()
     with pytest.raises(script.UsageError, match="which another run is using"):
         run(script)
     assert "Another run is using" in caplog.text
     assert names(output) == {".checkpoint-1.flux-partial"}
-    script.unlock_folder()  # as at the end of the process that was refused
+    script.unlock_folders()  # as at the end of the process that was refused
     assert Path(other.lock_file).exists(), "the other run's lock was removed"
     other.release()
     run(script)
@@ -313,8 +354,20 @@ def test_a_folder_that_a_run_has_made_is_locked_too(script: ModuleType, run: Run
     path = Path(script.HELD[0].lock_file)
     with pytest.raises(Timeout):
         FileLock(path).acquire(timeout=0)
-    script.unlock_folder()
+    script.unlock_folders()
     assert not path.exists()
+
+
+def test_a_folder_that_is_there_is_locked_for_other_machines(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which have temporary folders of their own."""
+    monkeypatch.setattr(script, "LOCK_SECONDS", 0.1)
+    output = run(script)
+    script.unlock_folders()
+    assert not (output / ".flux.lock").exists()
+    with FileLock(output / ".flux.lock"), pytest.raises(script.UsageError, match="which another run is using"):
+        run(script)
 
 
 # What the training can do without
@@ -353,7 +406,8 @@ def test_a_full_disk_at_the_pictures_and_the_card_keeps_the_result(
         output = run(script, "--validation_prompt=a dog")
     assert (output / WEIGHTS[script.__name__]).is_file() and not (output / script.RESULT_FILE).exists()
     assert "The final pictures could not be written: [Errno 28]" in caplog.text
-    monkeypatch.setattr(script.ModelCard, "save", fail)
+    write = script.write_file
+    monkeypatch.setattr(script, "write_file", lambda path, text: fail() if path.suffix == ".md" else write(path, text))
     output = run(script, f"--output_dir={output}-2")
     assert (output / WEIGHTS[script.__name__]).is_file() and (output / script.RESULT_FILE).is_file()
     assert "The model card could not be written: [Errno 28]" in caplog.text

@@ -111,7 +111,7 @@ def test_validation_pictures_may_have_another_size(script: ModuleType, run: Run)
     for name in ("image_0.png", "validation/step_000002_0.png"):
         with Image.open(output / name) as image:
             assert image.size == (64, 32)
-    assert "width=64, height=32" in (output / "README.md").read_text()
+    assert '"width": 64, "height": 32, "max_sequence_length": 16' in (output / "README.md").read_text()
 
 
 def test_the_trigger_word_stands_in_prompts_and_in_front_of_captions(script: ModuleType, sizes: Path) -> None:

@@ -163,7 +163,7 @@ def test_sigmas_are_drawn_by_the_scheme_each_with_its_own_generator(
 ) -> None:
     numbers = {"logit_mean": 0.4, "logit_std": 1.5, "mode_scale": 0.8}
     seeded = [torch.Generator().manual_seed(seed) for seed in range(500)]
-    sigmas = script.sample_sigmas(seeded, sigma_table, options(scheme, **numbers))
+    sigmas = script.sample_sigmas(seeded, sigma_table, options(scheme, **numbers), 1.0)
     for seed, sigma in enumerate(sigmas.tolist()):
         place = reference_place(scheme, torch.Generator().manual_seed(seed), *numbers.values())
         assert sigma == pytest.approx(1 - math.floor(1000 * place) / 1000, abs=1e-6)
@@ -172,8 +172,8 @@ def test_sigmas_are_drawn_by_the_scheme_each_with_its_own_generator(
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_shift_comes_after_the_draw(script: ModuleType, sigma_table: Tensor, scheme: str) -> None:
     seeded = [[torch.Generator().manual_seed(seed) for seed in range(200)] for _ in range(2)]
-    drawn = script.sample_sigmas(seeded[0], sigma_table, options(scheme))
-    shifted = script.sample_sigmas(seeded[1], sigma_table, options(scheme), shift=2.5)
+    drawn = script.sample_sigmas(seeded[0], sigma_table, options(scheme), 1.0)
+    shifted = script.sample_sigmas(seeded[1], sigma_table, options(scheme), 2.5)
     odds = shifted.double() / (1 - shifted.double())  # a shift multiplies the odds of noise
     inner = drawn < 1
     assert torch.allclose(odds[inner], 2.5 * (drawn.double() / (1 - drawn.double()))[inner], rtol=1e-3)
@@ -242,7 +242,7 @@ def test_extreme_draws_take_the_ends_of_the_table(
     script: ModuleType, sigma_table: Tensor, scheme: str, numbers: dict[str, float], expected: float
 ) -> None:
     # The first draw with seed 0 is 0.496, where a large mode_scale leaves [0, 1] far below.
-    sigmas = script.sample_sigmas([torch.Generator().manual_seed(0)], sigma_table, options(scheme, **numbers))
+    sigmas = script.sample_sigmas([torch.Generator().manual_seed(0)], sigma_table, options(scheme, **numbers), 1.0)
     assert sigmas.tolist() == pytest.approx([expected])
 
 
@@ -252,7 +252,7 @@ def test_every_sigma_of_the_table_can_be_drawn_in_float32(
     middles = ((torch.arange(1000) + 0.5) / 1000).unsqueeze(1).unbind()
     places = iter(middles)
     monkeypatch.setattr(script, "compute_density_for_timestep_sampling", lambda *_, **__: next(places))
-    sigmas = script.sample_sigmas([torch.Generator()] * 1000, sigma_table, options())
+    sigmas = script.sample_sigmas([torch.Generator()] * 1000, sigma_table, options(), 1.0)
     assert sigmas.dtype == torch.float32
     assert sigmas.tolist() == pytest.approx([(1000 - index) / 1000 for index in range(1000)], abs=1e-7)
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, float]]:
 
 
 @torch.no_grad()
-def plain_loss(checkpoint: Path, pictures: list[Path]) -> float:
+def plain_loss(checkpoint: Path, pictures: list[Path], guidance: float = 3.5) -> float:
     """The same number, picture by picture and sigma by sigma, through the pipeline's own parts."""
     import train_dreambooth_flux as script
 
@@ -52,7 +53,7 @@ def plain_loss(checkpoint: Path, pictures: list[Path]) -> float:
             noise = torch.randn(16, 4, 4, generator=generator)[None]
             noisy = FluxPipeline._pack_latents(sigma * noise + (1 - sigma) * latents, 1, 16, 4, 4)
             velocity = pipeline.transformer(
-                hidden_states=noisy, timestep=torch.tensor([sigma]), guidance=torch.tensor([3.5]),
+                hidden_states=noisy, timestep=torch.tensor([sigma]), guidance=torch.tensor([guidance]),
                 pooled_projections=pooled, encoder_hidden_states=embeds, txt_ids=text_ids, img_ids=image_ids,
             ).sample  # fmt: skip
             velocity = FluxPipeline._unpack_latents(velocity, 32, 32, 8)
@@ -63,8 +64,9 @@ def plain_loss(checkpoint: Path, pictures: list[Path]) -> float:
 def test_it_is_the_mean_loss_of_the_centre_crops_at_eight_equally_spaced_sigmas(
     script: ModuleType, run: Run, logged: dict[int, dict[str, float]], tiny_flux: Path, pictures: Path
 ) -> None:
-    run(script, "--validation_loss")
-    assert logged[0]["validation_loss"] == pytest.approx(plain_loss(tiny_flux, sorted(pictures.iterdir())), rel=1e-5)
+    run(script, "--validation_loss", "--guidance_scale=2", "--seed=5")
+    expected = plain_loss(tiny_flux, sorted(pictures.iterdir()), guidance=2.0)
+    assert logged[0]["validation_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_it_is_logged_before_the_first_step_and_at_the_interval_relative_to_the_untrained_model(
@@ -100,3 +102,16 @@ def test_a_resumed_run_stays_relative_to_the_untrained_model(
     run(script, *flags, "--max_train_steps=3", "--resume_from_checkpoint=latest")
     assert list(logged) == [3]
     assert logged[3]["validation_loss_relative"] == logged[3]["validation_loss"] / untrained
+
+
+def test_it_is_of_clip_as_it_is_trained(script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pooled, training_loss = list[torch.Tensor](), script.training_loss
+
+    def record(transformer: Any, inputs: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            pooled.append(inputs.pooled_prompt_embeds.clone())
+        return training_loss(transformer, inputs)
+
+    monkeypatch.setattr(script, "training_loss", record)
+    run(script, "--train_text_encoder", "--text_encoder_lr=1e-2", "--validation_loss", "--validation_steps=2")
+    assert (pooled[-1] - pooled[0]).abs().max() > 1e-3

@@ -12,7 +12,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import Run, one_script
+from conftest import Run, both_scripts, one_script
 
 pytestmark = one_script
 
@@ -181,14 +181,27 @@ def test_several_prompts_and_unset_flags_are_told_to_the_tracker(script: ModuleT
 
 
 def test_a_tracker_gets_pictures_as_it_takes_them(script: ModuleType) -> None:
-    """wandb takes lists; others, such as aim, one picture a name; some take none."""
+    """wandb takes them with captions, swanlab as a list; others, such as aim, one picture a name; some take none."""
     got: dict[str, dict] = {}
     trackers = [SimpleNamespace(name="mlflow")]
-    for name in ("wandb", "aim"):
-        trackers.append(
-            SimpleNamespace(name=name, log_images=lambda values, step, name=name: got.update({name: values}))
-        )
+    for name in ("wandb", "swanlab", "aim"):
+        method = "log" if name == "wandb" else "log_images"
+        trackers.append(SimpleNamespace(name=name, **{method: lambda values, _, name=name: got.update({name: values})}))
     pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), "red")]
-    script.log_pictures(SimpleNamespace(trackers=trackers), "test", pictures, 3)
-    assert got == {"wandb": {"test": pictures}, "aim": {"test_0": pictures[0], "test_1": pictures[1]}}
-    assert len(trackers) == 3
+    args = SimpleNamespace(validation_prompt=["a dog", "a cat"], num_validation_images=1)
+    script.log_pictures(args, SimpleNamespace(trackers=trackers), "test", pictures, 3)
+    shown = got.pop("wandb")["test"]
+    assert [image._caption for image in shown] == args.validation_prompt
+    assert [image.image.getpixel((0, 0)) for image in shown] == [(0, 0, 0), (255, 0, 0)]
+    assert got == {"swanlab": {"test": pictures}, "aim": {"test_0": pictures[0], "test_1": pictures[1]}}
+    assert len(trackers) == 4
+
+
+@both_scripts
+def test_the_final_pictures_are_those_of_the_last_validation(script: ModuleType, run: Run) -> None:
+    """So they are of what was trained, read from the file; not of the base."""
+    flags = ("--validation_steps=4", "--max_train_steps=4", "--learning_rate=3e-2", "--upcast_before_saving")
+    output = run(script, *TWO[::2], *flags)
+    names = ("validation/step_000000_0.png", "validation/step_000004_0.png", "image_0.png")
+    first, last, final = (pixels(output / name) for name in names)
+    assert np.abs(final - last).max() <= 2 < 5 < np.abs(final - first).max()

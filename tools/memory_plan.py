@@ -203,8 +203,7 @@ def make_trained(plan: Plan, double: int, single: int) -> FluxTransformer2DModel
         transformer.requires_grad_(False)
         if args.base_quantization != "none":  # of NF4 too: what is kept and made in a step has int8's shapes
             plan.script.quantize_base(transformer, "int8", torch.device("meta"), [])
-        targets = args.lora_layers.split(",") if args.lora_layers else plan.script.TRANSFORMER_TARGETS
-        plan.script.add_adapter(args, transformer, targets, 0)
+        plan.script.add_adapter(args, transformer, plan.script.transformer_targets(args), 0)
     elif args.full_bf16:
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -237,7 +236,7 @@ def run_step(plan: Plan, transformer: Any) -> None:
     inputs = plan.script.StepInputs(latents, noise, sigmas, embeds, pooled, guidance, loss_weights, args)
     if getattr(args, "prior_from_base_model", False):
         inputs.base_pooled = pooled[args.train_batch_size :]
-    with torch.autocast("cpu", dtype=plan.dtype, enabled=plan.dtype != torch.float32):
+    with torch.autocast("cpu", plan.dtype, enabled=plan.dtype != torch.float32, cache_enabled=False):
         loss = plan.script.training_loss(transformer, inputs)
     loss.backward()
 
@@ -335,6 +334,28 @@ def vae_bytes(plan: Plan, size: tuple[int, int], decodes: bool) -> int:
     return peak_of([vae], functools.partial(run_vae, run, shape, dtype))
 
 
+@torch.no_grad()
+def run_sampling(transformer: Any, rows: int, side: int, text: int, dtype: torch.dtype) -> None:
+    """A sampling step for class pictures, `side` tokens high and wide."""
+    config = transformer.config
+    transformer(
+        hidden_states=torch.randn(rows, side * side, config.in_channels, dtype=dtype),
+        timestep=torch.rand(rows, dtype=dtype),
+        guidance=torch.ones(rows) if config.guidance_embeds else None,
+        pooled_projections=torch.randn(rows, config.pooled_projection_dim, dtype=dtype),
+        encoder_hidden_states=torch.randn(rows, text, config.joint_attention_dim, dtype=dtype),
+        txt_ids=torch.zeros(text, 3),
+        img_ids=torch.zeros(side * side, 3),
+    )
+
+
+def sampling_bytes(plan: Plan) -> int:
+    """Bytes that a sampling step for `--sample_batch_size` class pictures needs beside the weights."""
+    args, transformer = plan.args, resized(plan.models["transformer"], 2, 2).to(torch.bfloat16)
+    size = (args.sample_batch_size, args.resolution // 16, args.max_sequence_length, torch.bfloat16)
+    return peak_of([transformer], functools.partial(run_sampling, transformer, *size))
+
+
 def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Stage]:
     """What each stage of the command keeps on the device."""
     args, models, config = plan.args, plan.models, plan.models["transformer"].config
@@ -346,8 +367,12 @@ def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Sta
     stages, square = [], (args.resolution, args.resolution)
     if args.with_prior_preservation:
         drawn = base if plan.lora else count_bytes(models["transformer"], torch.bfloat16)
-        stages.append(Stage("class pictures", drawn + vae, activations=vae_bytes(plan, square, decodes=True)))
+        needed = max(vae_bytes(plan, square, decodes=True), sampling_bytes(plan))
+        stages.append(Stage("class pictures", drawn + vae, activations=needed))
     encoders = clip + count_bytes(models["text_encoder_2"], plan.dtype)
+    if plan.dtype == torch.float16:  # transformers keeps these in float32
+        wide = [weight for name, weight in models["text_encoder_2"].named_parameters() if ".wo." in name]
+        encoders += 2 * sum(weight.numel() for weight in wide)
     stages.append(Stage("text encoders", encoders, activations=0.02 * encoders))
     stages.append(Stage("pictures", vae, activations=float(vae_bytes(plan, square, decodes=False))))
     whole, internal = activations(plan, known)
