@@ -70,11 +70,11 @@ def distance(first: Path, second: Path) -> float:
     return max((left[name] - right[name]).abs().max().item() for name in left)
 
 
-def config_of(engine: str, home: Path) -> str:
-    """A file of `accelerate_configs/` for two processes and float32."""
+def config_of(engine: str, home: Path, precision: str = "no") -> str:
+    """A file of `accelerate_configs/` for two processes, in float32 unless `precision` says otherwise."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / f"{engine}.yaml").read_text())
-    path = home / f"{engine}.yaml"
-    path.write_text(yaml.safe_dump(config | {"num_processes": 2, "mixed_precision": "no"}))
+    path = home / f"{engine}-{precision}.yaml"
+    path.write_text(yaml.safe_dump(config | {"num_processes": 2, "mixed_precision": precision}))
     return str(path)
 
 
@@ -132,6 +132,20 @@ def many(
     flags = [*base, *VALIDATION, *asked["lora"], "--train_batch_size=1", "--gradient_accumulation_steps=2"]
     job = {"script": SCRIPTS["lora"].__name__, "flags": [*flags, f"--output_dir={home / 'ddp-asked'}"]}
     jobs[home / "ddp-asked"] = job | {"config": config_of("ddp", home)}
+    # In fp16 from a checkpoint in float32, which has no state of the scaler; in bf16 with a validation at the end.
+    before = folders["fsdp2", "lora", "whole"] / "checkpoint-2"
+    half = {
+        ("lora", "fp16"): [f"--resume_from_checkpoint={before}"],
+        ("full", "bf16"): [*VALIDATION, "--max_train_steps=2"],
+    }
+    for (script, precision), extra in half.items():
+        folder = folders["fsdp2", script, precision] = home / f"fsdp2-{script}-{precision}"
+        flags = [*base, "--train_batch_size=1", f"--output_dir={folder}", "--skip_final_inference", *extra]
+        job = {
+            "script": SCRIPTS[script].__name__,
+            "flags": [*flags, "--validation_steps=2"] if script == "full" else flags,
+        }
+        jobs[folder] = job | {"config": config_of("fsdp2", home, precision), "environment": {"SHARD_ON_CPU": "1"}}
     launch_jobs(jobs, home, DS_ACCELERATOR="cpu")
     return folders
 
@@ -197,6 +211,18 @@ def test_a_checkpoint_of_one_process_gives_its_weights_and_schedule_to_an_engine
     folder = many["deepspeed_zero2", "full", "from one"]
     assert logged(folder, "loss")[0] == pytest.approx(logged(one["full"], "loss")[2], rel=1e-5)
     assert logged(folder, "lr") == logged(one["full"], "lr")[2:]
+
+
+def test_shards_go_on_in_fp16_from_a_checkpoint_in_float32(many: Any) -> None:
+    whole, half = (logged(many["fsdp2", "lora", run], "loss") for run in ("whole", "fp16"))
+    assert half == pytest.approx(whole[2:], rel=1e-2)
+
+
+def test_what_a_validation_left_gathered_in_bf16_is_saved_as_it_is_trained(many: Any) -> None:
+    weights = read_weights(many["fsdp2", "full", "bf16"])
+    outside = {name: value for name, value in weights.items() if "blocks" not in name}
+    assert outside and all(value.dtype == torch.float32 for value in outside.values())
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in outside.values())
 
 
 @pytest.mark.parametrize(("engine", "script"), RUNS)
