@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-LAUNCH := $(BIN)/accelerate launch --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
+LAUNCH := $(BIN)/python -m accelerate.commands.launch --cpu --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
 	--num_cpu_threads_per_process=$(CORES)
 
 PYTEST := $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
@@ -24,7 +24,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 demo: $(VENV)/installed
 	@rm -rf demo
 	$(BIN)/python -m benchmarks.small_world.draw demo/pictures --subject 0
-	ACCELERATE_USE_CPU=true $(LAUNCH) train_dreambooth_lora_flux.py \
+	$(LAUNCH) train_dreambooth_lora_flux.py \
 		--pretrained_model_name_or_path=benchmarks/small_world/checkpoint --instance_data_dir=demo/pictures \
 		--caption_extension=.txt --prior_from_base_model --trigger_word="sks dog" --class_word="a dog" \
 		--output_dir=demo/trained-lora \
@@ -66,7 +66,8 @@ check: $(VENV)/tools
 	$(BIN)/python -m pytest -q tests/test_shared_code.py
 
 $(VENV)/installed: requirements_flux.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python must be 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)')"
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements_flux.txt
 	@touch $@

@@ -110,6 +110,7 @@ def environment() -> dict[str, str]:
 def launcher(precision: str, threads: int, dynamo: str = "no") -> list[str]:
     """`accelerate launch` for one process."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    command += [] if torch.cuda.is_available() else ["--cpu"]  # the launcher overwrites the environment's wish
     return [
         *command,
         f"--mixed_precision={precision}",

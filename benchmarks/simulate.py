@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import importlib
 import json
 import logging
 import os
@@ -49,7 +48,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import CLIPTextModel, T5EncoderModel
 
 import random_flux
-from tools.memory_plan import rms_norm
+from tools.memory_plan import load_script, rms_norm
 
 GIB = 1024**3
 PAGE = 2 * 2**20  # by which a segment of the allocator grows
@@ -624,7 +623,7 @@ def main() -> None:
     parser.add_argument("script", help="train_dreambooth_flux.py or train_dreambooth_lora_flux.py")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="the flags of the training")
     args = parser.parse_args()
-    script = importlib.import_module(Path(args.script).stem)
+    script = load_script(args.script)
     install_library()
     pretend(CARDS[args.card])
     logging.disable(logging.WARNING)

@@ -2,9 +2,9 @@
 
 import argparse
 import contextlib
-import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,9 +40,17 @@ def test_the_checkpoint_is_made_by_one_command_which_repeats_itself(
 ) -> None:
     """A few steps of each stage; what the whole command reaches stands in benchmarks/results.md."""
     monkeypatch.setattr(pretrain, "SEEN", 64)
+    monkeypatch.setattr(pretrain, "MEASURED", 2)
     monkeypatch.setattr("torch.compile", lambda model: model)
     for name in ("base_figures", "truth_figures"):  # of fewer pictures
-        monkeypatch.setattr(pretrain, name, functools.partial(getattr(measure, name), count=3))
+        monkeypatch.setattr(pretrain, name, lambda pipeline, *_, plain=getattr(measure, name): plain(pipeline, 3))
+    tables, sample_sigmas = set[int](), pretrain.sample_sigmas
+
+    def record(generators: Any, sigma_table: Any, *given: Any) -> Any:
+        tables.add(len(sigma_table))
+        return sample_sigmas(generators, sigma_table, *given)
+
+    monkeypatch.setattr(pretrain, "sample_sigmas", record)
     weights = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         monkeypatch.setattr("sys.argv", ["pretrain", str(folder), "--vae_steps=3", "--steps", "2", "2"])
@@ -50,6 +58,7 @@ def test_the_checkpoint_is_made_by_one_command_which_repeats_itself(
         weights.append(sorted((path.relative_to(folder), path.read_bytes()) for path in folder.rglob("*.safetensors")))
         assert set(json.loads((folder / "figures.json").read_text())) >= {"held-out captions", "training"}
     assert weights[0] == weights[1] and len(weights[0]) == 4
+    assert tables == {1000}, "a measurement on the way left the few noise levels of sampling"
     committed = {path.relative_to(measure.CHECKPOINT): path for path in measure.CHECKPOINT.rglob("*.safetensors")}
     sizes = {name: len(content) for name, content in weights[0]}
     assert sizes == {name: path.stat().st_size for name, path in committed.items()}

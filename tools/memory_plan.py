@@ -39,7 +39,9 @@ import random_flux
 
 GIB = 1024**3
 CONTEXT = 0.8  # GiB that the driver, the libraries' workspaces and fragmentation take of a card: reported, not measured
-CARDS = {"12 GB": 12, "16 GB": 16, "24 GB": 24, "32 GB": 32, "48 GB": 48, "80 GB": 80, "141 GB": 141}
+CARDS = {  # GiB that torch finds on one, as messages show; cards that check their memory (A10G, L4, T4) have 6 % less
+    "12 GB": 11.6, "16 GB": 15.5, "24 GB": 23.5, "32 GB": 31.3, "48 GB": 47.4, "80 GB": 79.1, "141 GB": 139.8,
+}  # fmt: skip
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # packed weights, 8-bit scales of blocks of 64, their scales of 256 of those
 BLOCK_KINDS = ("transformer_blocks", "single_transformer_blocks")
 COMMON_REMEDIES: list[dict[str, Any]] = [
@@ -366,7 +368,10 @@ def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Sta
     clip = count_bytes(models["text_encoder"], plan.dtype)
     stages, square = [], (args.resolution, args.resolution)
     if args.with_prior_preservation:
-        drawn = base if plan.lora else count_bytes(models["transformer"], torch.bfloat16)
+        wanted = args.prior_generation_precision
+        precision = torch.bfloat16 if wanted in (None, "no") else plan.script.PRECISIONS[wanted]  # as on a GPU
+        whole = not plan.lora or (args.base_quantization == "none" and not args.blocks_to_swap)
+        drawn = count_bytes(models["transformer"], precision) if whole else base
         needed = max(vae_bytes(plan, square, decodes=True), sampling_bytes(plan))
         stages.append(Stage("class pictures", drawn + vae, activations=needed))
     encoders = clip + count_bytes(models["text_encoder_2"], plan.dtype)
@@ -404,7 +409,7 @@ def peak_bytes(stages: list[Stage]) -> float:
 
 
 def fits(stages: list[Stage], card: float) -> bool:
-    """Whether a card of `card` GiB holds every stage; cards are sold by GB and have about as many GiB."""
+    """Whether a card of `card` GiB holds every stage."""
     return peak_bytes(stages) / GIB + CONTEXT <= card
 
 

@@ -10,7 +10,8 @@ Every number comes from pictures that the model draws and `read` reads:
     seen_fidelity  the same in the places of the training
     prompt         share of place, size and direction that are as asked, for the subject in places not in the training
     preservation   how much the pictures of "a photo of a dog", of dogs in all places, and of each other class are
-                   spread as the base's; 1 is the base, 0 is the subject in every picture
+                   spread as the base's; 1 is the base, 0 are the training's pictures again (the subject in every
+                   picture, in the place asked for: about 0.15)
     diversity      spread of place, size, direction and position of "a photo of sks dog"; 1 is the base's, or more
 """
 

@@ -4,7 +4,7 @@
 
 First come things with black and white patterns, then things in all colours, which a model that starts with them learns
 poorly. The text encoders are random, with a vocabulary of the world's words: a random T5 gives each word a vector of
-its own, and the transformer learns what they mean. Everything is a function of --seed.
+its own, and the transformer learns what they mean. Everything is a function of --seed. Needs g++ and Python's headers.
 """
 
 import argparse
@@ -31,6 +31,7 @@ SHIFT = 1.6  # of the noise levels, as the sampler's for so few tokens
 OPTIONS = argparse.Namespace(
     weighting_scheme="none", logit_mean=0.0, logit_std=1.0, mode_scale=1.29, prior_loss_weight=1.0
 )  # of the loss: plain flow matching
+MEASURED = 1000  # steps between two measurements on the way
 SEEN = 40_000  # pictures that the transformer is trained on; their captions are written anew each time
 SMALL: dict[str, dict[str, Any]] = {  # what differs from FLUX.1 [dev]'s configs
     "transformer": {
@@ -198,7 +199,9 @@ def train_transformer(
     means, deviations = encode_all(pipeline.vae, things, seed)
     pipeline.transformer = average = copy.deepcopy(transformer).requires_grad_(False)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0)
-    schedule, sigma_table, losses = cosine_lr(optimizer, steps), pipeline.scheduler.sigmas.clone(), []
+    # A scheduler of its own: what is drawn on the way leaves the sampler's few sigmas in the pipeline's.
+    sigma_table = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config).sigmas
+    schedule, losses = cosine_lr(optimizer, steps), []
     compiled, started = torch.compile(transformer), time.monotonic()  # a quarter faster
     for step in range(steps):
         chosen = generator.integers(len(things), size=batch)
@@ -223,7 +226,7 @@ def train_transformer(
         if step % 100 == 99:
             seconds = time.monotonic() - started
             print(f"transformer {step + 1}/{steps}: loss {np.mean(losses[-100:]):.4f}, {seconds:.0f} s", flush=True)
-        if step % 1000 == 999:
+        if step % MEASURED == MEASURED - 1:
             print(base_figures(pipeline, 50), flush=True)
 
 
@@ -256,6 +259,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     args = parser.parse_args()
+    torch.compile(torch.nn.Linear(1, 1))(torch.zeros(1, 1))  # without a compiler it fails now, not after the VAE
     started = time.monotonic()
     vae = AutoencoderKL.from_pretrained(args.vae) if args.vae else train_vae(args.vae_steps, args.seed)
     vae.save_pretrained(args.folder / "vae")  # for --vae, should the rest be cut off
