@@ -42,8 +42,10 @@ def test_the_checkpoint_is_made_by_one_command_which_repeats_itself(
     monkeypatch.setattr(pretrain, "SEEN", 64)
     monkeypatch.setattr(pretrain, "MEASURED", 2)
     monkeypatch.setattr("torch.compile", lambda model: model)
-    for name in ("base_figures", "truth_figures"):  # of fewer pictures
-        monkeypatch.setattr(pretrain, name, lambda pipeline, *_, plain=getattr(measure, name): plain(pipeline, 3))
+    monkeypatch.setattr(pretrain, "base_figures", lambda pipeline, *_: measure.base_figures(pipeline, 3))
+    monkeypatch.setattr(
+        pretrain, "truth_figures", lambda pipeline: measure.truth_figures(pipeline, 3)
+    )  # fewer pictures
     tables, sample_sigmas = set[int](), pretrain.sample_sigmas
 
     def record(generators: Any, sigma_table: Any, *given: Any) -> Any:
