@@ -22,16 +22,16 @@
 What is trained is held in float32 (a few MB to some hundred MB); the base stays frozen in the precision of
 `--mixed_precision`. With `--train_text_encoder`, CLIP gets adapters too; T5 is only ever used to encode the prompts.
 
-To change something, edit this. Everything but `FLAGS` (section 8) is in part one:
+To change something, edit this. All but `FLAGS` (section 8) is in part one; what a run writes: section 14.
     a flag                      a line of `FLAGS`; in the loss it is `options.NAME`, elsewhere `args.NAME`
     the loss, or its target     `flow_matching_loss`, `training_loss`: all they may depend on is in `StepInputs`
-    how noise levels are drawn  `sample_sigmas`
-    what an example holds       `load_picture`; from there to the loss: `collate`, `prepare_inputs`
-    the crop, the flip          `draw_crop`, `crop_picture`
+    noise, and its levels       `prepare_inputs`, `sample_sigmas`; `validation_loss` has its own
+    what an example holds       `load_picture`; from there to the loss: `collate`, `prepare_inputs`, `StepInputs`
+    prompts, the crop, the flip `DreamBoothDataset.prompts` (all of a run, encoded first); `draw_crop`, `crop_picture`
     which layers are trained    `TRANSFORMER_TARGETS`; from which weights: `load_transformer`, `add_adapter`
-    an optimizer                an entry of `OPTIMIZERS`
+    an optimizer, its rates     an entry of `OPTIMIZERS`; `parameter_groups`
     validation pictures         `draw_validation_pictures`, `sample_pictures`
-    what is logged              `log_step`
+    what is logged              `log_step`; numbers of the loss: `StepInputs.logged`, in `training_loss`
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -145,14 +145,17 @@ def main(args: Namespace) -> None:
     pictures, resumed, repo_id = check_everything(args, accelerator)  # what can go wrong, before a model is loaded
     state = start_state(args, resumed)
     dataset = prepare_dataset(args, accelerator, pictures, state.seed)  # draws the class pictures that are missing
-    given = flag_lines(args)
+    given = flag_lines(args)  # before steps and a scaled rate are filled in
     resolve_steps(args, accelerator, dataset, state)
     finished = broadcast_object_list([finished_state(args, dataset)])[0]
     if finished is not None:
         logger.info(f"Nothing to do: all {args.max_train_steps} steps are done; raise --max_train_steps to go on")
         if args.push_to_hub and accelerator.is_main_process:
             with warn_if_unwritable("The model card"):
-                name_repository(args, repo_id)
+                if (Path(args.output_dir) / "README.md").exists():
+                    name_repository(args, repo_id)
+                else:
+                    write_model_card(args, accelerator, repo_id, pictures, finished)
             push_to_hub(args, repo_id)
         end_training(accelerator)
         return
@@ -183,7 +186,7 @@ def train_and_save(
     state: RunState,
     given: list[str],
 ) -> None:
-    """Load the transformer, go on from a checkpoint, train, save the result; the memory of all that is free after."""
+    """Load the transformer, go on from a checkpoint, train, save the result. All its memory is free when it returns."""
     with stage(args, accelerator, "Loading the transformer"):
         trained = prepare_training(args, accelerator, data, resumed, state.seed)
     run = Run(args, accelerator, data, trained, state, StopSignals())
@@ -197,6 +200,9 @@ def train_and_save(
         with stage(args, accelerator, "Training"), logging_redirect_tqdm():
             if state.step == 0 or state.owes_validation:
                 validate(run)
+                if state.step and run.asked_to_stop():  # it was cut short, and is still owed
+                    save_checkpoint(run)
+                    stop_run(run, signals.pending(), f"checkpoint-{state.step}")
             train(run, schedule)
         with stage(args, accelerator, "Saving the result"):
             dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
@@ -221,7 +227,7 @@ def train(run: Run, schedule: MicroBatches) -> None:
         worker_init_fn=ignore_signals,
     )
     sigma_table = load_scheduler(args).sigmas
-    start, total = time.perf_counter(), torch.zeros(2, device=accelerator.device)  # losses; whether to stop
+    start, sums = time.perf_counter(), dict[str, Any]()  # over a step, of the loss and of `StepInputs.logged`
     progress = Progress(run, schedule)
     batches = ((batch["keys"][0], prepare_inputs(run, batch, sigma_table)) for batch in loader)
     upcoming = next(batches, None)
@@ -237,7 +243,7 @@ def train(run: Run, schedule: MicroBatches) -> None:
             inputs.pooled_prompt_embeds = trained.text_encoder(inputs.pooled_prompt_embeds).pooler_output
         loss = training_loss(trained.transformer, inputs)
         backward(run, loss)
-        total[0] += loss.detach()
+        sums = {name: sums.get(name, 0) + value.detach() for name, value in {"loss": loss, **inputs.logged}.items()}
         if not key.last:
             upcoming = next(batches, None)
             continue
@@ -249,9 +255,10 @@ def train(run: Run, schedule: MicroBatches) -> None:
             trained.ema.step(trained.parameters)
         state.step += 1
         upcoming = next(batches, None)  # reading the loss waits for the device: the next inputs are made before
-        total[1] = run.signals.pending()
-        step_loss, stop = accelerator.reduce(total, reduction="sum").tolist()
-        progress.update(log_step(run, step_loss, grad_norm, time.perf_counter() - start))
+        own = torch.stack([torch.full_like(loss, run.signals.pending()), *sums.values()])
+        stop, *numbers = accelerator.reduce(own, reduction="sum").tolist()
+        sums = dict(zip(sums, numbers, strict=True))
+        progress.update(log_step(run, sums, grad_norm, time.perf_counter() - start))
         epoch, left = divmod(state.step, schedule.steps_per_epoch)
         due = left == 0 and (epoch - 1) % args.validation_epochs == 0
         due = due or bool(args.validation_steps and state.step % args.validation_steps == 0)
@@ -261,23 +268,22 @@ def train(run: Run, schedule: MicroBatches) -> None:
         if due and not stop:
             validate(run)
             stop = run.asked_to_stop()  # which cuts a validation short: a resumed run makes it up
-            save_checkpoint(run) if stop else mark_validated(run)
+            if not stop:
+                mark_validated(run)
+            elif state.step % args.checkpointing_steps:  # else the checkpoint that owes it is there
+                save_checkpoint(run)
         if stop:
             progress.close()
             stop_run(run, run.signals.pending(), f"checkpoint-{state.step}")
-        total.zero_()
-        start = time.perf_counter()
+        sums, start = {}, time.perf_counter()
     progress.close()
 
 
-def log_step(run: Run, loss: float, grad_norm: Tensor | None, seconds: float) -> dict[str, float]:
-    """Log what an optimizer step did, or stop where its numbers are none; `loss` is its mean. Add your numbers here."""
-    # In fp16, a step whose gradient is not finite is skipped, and the loss's scale halved, from 2^16 on.
-    skips, scaler = run.accelerator.mixed_precision == "fp16", run.accelerator.scaler
-    lost = scaler is not None and scaler.get_scale() < 2**-14  # thirty times in a row
-    check_finite(run, loss, math.nan if lost else 0.0 if grad_norm is None or skips else float(grad_norm))
+def log_step(run: Run, sums: dict[str, float], grad_norm: Tensor | None, seconds: float) -> dict[str, float]:
+    """Log `sums` of an optimizer step, which are means, and what is added here; stop the run if they are not finite."""
+    check_finite(run, sums["loss"], grad_norm)
     group = run.trained.optimizer.param_groups[0]
-    values = {"loss": loss, "lr": run.trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
+    values = sums | {"lr": run.trained.lr_scheduler.get_last_lr()[0], "step_time": seconds}
     values |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
     values |= {"prodigy_d": float(group["d"])} if "d" in group else {}  # Prodigy's estimate of the step size
     values |= peak_memory(run.accelerator.device)
@@ -299,24 +305,25 @@ class StepInputs:
     noise: Tensor  # (B, C, H, W)
     sigmas: Tensor  # (B,)
     prompt_embeds: Tensor  # (B, T, D), from T5
-    pooled_prompt_embeds: Tensor  # (B, P), from CLIP; for a CLIP that is trained its token ids (B, 77), until it ran
+    pooled_prompt_embeds: Tensor  # (B, P), from CLIP; if that is trained, its token ids (B, 77), which `train` replaces
     guidance: Tensor | None  # (B,), or None for a model that takes none (FLUX.1 [schnell])
-    loss_weights: Tensor  # of the instance pictures; over all micro-batches and processes of a step they sum to 1
+    loss_weights: Tensor  # (B,): 1 / instance pictures of the step; in a second half times --prior_loss_weight
     options: Namespace  # every flag by its name
     token_weights: Tensor | None = None  # (B, L), of masks, if there are any
     base_pooled: Tensor | None = None  # of the class prompts, from an untrained CLIP; with --prior_from_base_model
+    logged: dict[str, Tensor] = field(default_factory=dict)  # numbers that `training_loss` adds, weighted like the loss
 
 
 def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> StepInputs:
     """Turn what `collate` made of a micro-batch into the inputs of its loss; all that is random is drawn here."""
     args, data, seed = run.args, run.data, run.state.seed
-    device, keys = run.accelerator.device, batch["keys"]
+    device, keys, loss_weights = run.accelerator.device, batch["keys"], batch["loss_weights"]
 
     def move(tensor: Tensor) -> Tensor:  # a copy from page-locked memory does not wait for what the device is busy with
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    sources = ("instance", "class")[: len(batch["prompts"]) // len(keys)]
-    draws = [(source, key.epoch, key.position) for source in sources for key in keys]  # what names a picture's draws
+    sources = ("instance", "class")[: len(batch["prompts"]) // len(keys)]  # without class pictures only the first
+    draw_keys = [(source, key.epoch, key.position) for source in sources for key in keys]  # of a picture's draws
     if "latents" in batch:
         distribution = LatentDistribution(*map(move, batch["latents"]))
     else:
@@ -324,33 +331,33 @@ def prepare_inputs(run: Run, batch: dict[str, Any], sigma_table: Tensor) -> Step
     prompts, token_weights = batch["prompts"], move(batch["token_weights"]) if "token_weights" in batch else None
     base_pooled: Tensor | None = None
     if args.prior_from_base_model:  # the same draws once more, with prompts of the class; a mask does not count there
-        class_prompts = [class_prompt(args, prompt) for prompt in prompts]
-        prompts, draws = prompts + class_prompts, draws * 2
+        class_prompts = [prior_prompt(args, prompt) for prompt in prompts]
+        prompts, draw_keys = prompts + class_prompts, draw_keys * 2
         base_pooled = torch.stack([move(data.prompts[prompt].pooled_prompt_embeds) for prompt in class_prompts])
         distribution = LatentDistribution(*(torch.cat([part, part]) for part in distribution))
         if token_weights is not None:
             token_weights = torch.cat([token_weights, torch.ones_like(token_weights)])
     shape = distribution.mean.shape[1:]
-    posterior = move(draw_normal(shape, seed, "posterior", draws))
+    posterior = move(draw_normal(shape, seed, "posterior", draw_keys))
     shift = flow_shift(args.flow_shift, shape[-2] // 2 * (shape[-1] // 2), data.scheduler_config)
-    sigmas = sample_sigmas([generator_for(seed, "sigma", *draw) for draw in draws], sigma_table, args, shift)
+    sigmas = sample_sigmas([generator_for(seed, "sigma", *draw) for draw in draw_keys], sigma_table, args, shift)
     embeds = [data.prompts[prompt] for prompt in prompts]
     pooled = "pooled_prompt_embeds" if run.trained.text_encoder is None else "clip_ids"
     return StepInputs(
         latents=sample_latents(distribution, posterior, data.vae_config),
-        noise=move(draw_normal(shape, seed, "noise", draws)),
+        noise=move(draw_normal(shape, seed, "noise", draw_keys)),
         sigmas=move(sigmas),
         prompt_embeds=torch.stack([move(embed.prompt_embeds) for embed in embeds]),
         pooled_prompt_embeds=torch.stack([move(getattr(embed, pooled)) for embed in embeds]),
         guidance=make_guidance(unwrap(run.trained.transformer), args.guidance_scale, len(embeds), device),
-        loss_weights=move(batch["loss_weights"]),
+        loss_weights=move(torch.cat([loss_weights, args.prior_loss_weight * loss_weights])[: len(embeds)]),
         options=args,
         token_weights=token_weights,
         base_pooled=base_pooled,
     )
 
 
-def class_prompt(args: Namespace, prompt: str) -> str:
+def prior_prompt(args: Namespace, prompt: str) -> str:
     """What the base is asked for beside a picture with this prompt, as its prior."""
     if args.class_word:
         return word_pattern(args.trigger_word).sub(lambda _: args.class_word, prompt)
@@ -374,18 +381,18 @@ def training_loss(transformer: nn.Module, inputs: StepInputs) -> Tensor:
     noisy_latents = add_noise(inputs.latents, inputs.noise, inputs.sigmas)
     text = (inputs.prompt_embeds, inputs.pooled_prompt_embeds)
     target = pack_latents(inputs.noise - inputs.latents)
-    if inputs.base_pooled is not None:  # before the pass that a backward one follows: swapped blocks are fetched so
+    if inputs.base_pooled is not None:  # first: swapped blocks expect the backward pass right after the last forward
         kept = predict_base_velocity(transformer, noisy_latents, inputs, inputs.base_pooled)
         target = torch.cat([target.chunk(2)[0], kept])
     velocity = predict_velocity(transformer, noisy_latents, inputs.sigmas, *text, inputs.guidance)
     losses = flow_matching_loss(velocity, target, inputs.sigmas, inputs.options, inputs.token_weights)
-    return weigh_losses(losses, inputs.loss_weights, inputs.options.prior_loss_weight)
+    return (inputs.loss_weights * losses).sum()
 
 
 def flow_matching_loss(
     velocity: Tensor, target: Tensor, sigmas: Tensor, options: Namespace, token_weights: Tensor | None = None
 ) -> Tensor:
-    """Weighted mean squared error of a packed velocity (B, L, 4C) against its target, a picture: (B,), float32.
+    """Weighted mean squared error of each picture's packed velocity, (B, L, 4C), against its target: (B,), float32.
 
     Packing is a permutation, so the mean is taken over the packed tokens. Weights: sigma_sqrt 1 / sigma^2, cosmap
     2 / (pi * (1 - 2 sigma + 2 sigma^2)), else 1 (https://arxiv.org/abs/2403.03206). With `token_weights` (B, L) the
@@ -395,18 +402,6 @@ def flow_matching_loss(
     if token_weights is not None:
         errors = errors * (token_weights / token_weights.mean(dim=1, keepdim=True).clamp(min=1e-6))[..., None]
     return compute_loss_weighting_for_sd3(options.weighting_scheme, sigmas) * errors.mean(dim=(1, 2))
-
-
-def weigh_losses(losses: Tensor, loss_weights: Tensor, prior_loss_weight: float) -> Tensor:
-    """Losses of B instance pictures, or of B instance and B class pictures, as one number.
-
-    With weights (B,) of 1/B: the mean over the instance pictures, plus `prior_loss_weight` times that over the class
-    pictures (https://arxiv.org/abs/2208.12242, equation 2).
-    """
-    if len(losses) == len(loss_weights):
-        return (loss_weights * losses).sum()
-    instance, prior = losses.chunk(2)
-    return (loss_weights * instance).sum() + prior_loss_weight * (loss_weights * prior).sum()
 
 
 def predict_velocity(
@@ -455,7 +450,7 @@ def sample_sigmas(generators: list[torch.Generator], sigma_table: Tensor, option
     """Draw one noise level a picture, with a generator each: (B,), float32.
 
     u in [0, 1) is drawn by `--weighting_scheme` (logit_normal and mode: https://arxiv.org/abs/2403.03206, section 3.1;
-    the others uniformly) and looked up in the scheduler's table, which falls from 1 to 1/1000; then it is shifted.
+    the others uniformly) and looked up in the scheduler's table, which has its static shift in it; then it is shifted.
     """
     scheme = (options.weighting_scheme, 1, options.logit_mean, options.logit_std, options.mode_scale)
     u = torch.cat([compute_density_for_timestep_sampling(*scheme, generator=generator) for generator in generators])
@@ -483,7 +478,7 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """Each 2 x 2 patch of latents (B, C, H, W) becomes a token: (B, L, 4C)."""
+    """Each 2 x 2 patch of latents (B, C, H, W) becomes a token: (B, L, 4C), four values of each channel in turn."""
     batch, channels, height, width = latents.shape
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, (height // 2) * (width // 2), 4 * channels)
@@ -612,7 +607,7 @@ class DreamBoothDataset(Dataset):
 
     @property
     def prompts(self) -> list[str]:
-        """Every prompt that a batch may have, once."""
+        """Every prompt that `__getitem__` may give, once: they are encoded before the training, no other is."""
         prompts = [picture.prompt for pictures in self.sources.values() for picture in pictures]
         return list(dict.fromkeys(prompts + ([""] if self.args.caption_dropout else [])))
 
@@ -780,9 +775,9 @@ class OptimizerEntry(NamedTuple):
 
     module: str  # where its class is, imported when it is asked for; the package must be installed
     name: str
-    settings: Callable[[Namespace, str], dict[str, Any]]  # from flags and device; a resumed run keeps the flags'
+    settings: Callable[[Namespace, str], dict[str, Any]]  # what its class takes besides; when resuming, the flags win
     engines: tuple[DistributedType, ...] = ()  # that shard the model and can run it; others refuse it
-    whole: bool = False  # whether it needs all gradients at once, and one learning rate for all
+    whole: bool = False  # whether it can only step all parameters at once, with one learning rate
 
 
 def adam_settings(args: Namespace) -> dict[str, Any]:
@@ -827,11 +822,11 @@ def parameter_groups(args: Namespace, transformer: nn.Module, text_encoder: nn.M
 
 
 def make_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer:
-    entry, device = chosen_optimizer(args), groups[0]["params"][0].device.type
+    entry, [weight, *_] = chosen_optimizer(args), itertools.chain.from_iterable(group["params"] for group in groups)
     make = getattr(importlib.import_module(entry.module), entry.name)
-    if entry.module.startswith("bitsandbytes"):  # it would wait for the device after each weight, for paged state only
+    if entry.module.startswith("bitsandbytes"):  # it waits for the device after each weight, for paged ones: add none
         importlib.import_module("bitsandbytes.optim.optimizer").sync_gpu = lambda _: None  # type: ignore[attr-defined]
-    return make(groups, lr=args.learning_rate, **entry.settings(args, device))
+    return make(groups, lr=args.learning_rate, **entry.settings(args, weight.device.type))
 
 
 # =================================================== 7. Validation ====================================================
@@ -840,8 +835,8 @@ def make_optimizer(args: Namespace, groups: list[dict]) -> torch.optim.Optimizer
 def validate(run: Run) -> None:
     """What `--validation_loss` and `--validation_prompt` ask for, from the live model or the average of its weights."""
     args, state = run.args, run.state
-    draws = bool(args.validation_prompt) and (state.step > 0 or args.validation_steps)
-    if not (args.validation_loss or draws):
+    wants_pictures = bool(args.validation_prompt) and (state.step > 0 or args.validation_steps)
+    if not (args.validation_loss or wants_pictures):
         return
     with run.trained.averaged():
         if args.validation_loss:
@@ -855,7 +850,7 @@ def validate(run: Run) -> None:
             logger.info(text)
             with tracking(run.accelerator):
                 run.accelerator.log(values, step=state.step)
-        if draws:
+        if wants_pictures:
             draw_validation_pictures(run)
 
 
@@ -878,7 +873,7 @@ def validation_loss(run: Run) -> float:
         for level in range(VALIDATION_SIGMAS):
             sigmas = torch.full((1,), (level + 0.5) / VALIDATION_SIGMAS, device=device)
             noise = draw_normal(latents.shape[1:], 0, "validation", [(number, level)]).to(device)
-            one = torch.full((1,), float(number < count), device=device)  # a filler counts nothing
+            one = torch.full((1,), float(number < count), device=device)  # 0 for a filler, see `own_share`
             inputs = StepInputs(
                 latents=latents.to(device), noise=noise, sigmas=sigmas, prompt_embeds=text,
                 pooled_prompt_embeds=pooled, guidance=guidance, loss_weights=one, options=run.args,
@@ -931,7 +926,7 @@ def sample_pictures(
     images, count = args.num_validation_images, args.num_validation_images * len(embeds)
     guidance, steps = args.validation_guidance_scale, args.validation_num_inference_steps
     options = {"guidance_scale": guidance, "num_inference_steps": steps}
-    was_training = transformer.training  # then autocast takes float32; what was saved takes its own precision
+    was_training = transformer.training  # in training autocast casts float32 inputs; a loaded pipeline needs its own
     dtype = torch.float32 if was_training else transformer.dtype
     sampler, pictures = make_sampler(args, transformer.eval()), {}
     for number in tqdm(numbers, desc=desc, leave=False, disable=not accelerator.is_local_main_process or None):
@@ -969,7 +964,7 @@ BOUNDS = {  # of numbers, as flags name them
 }  # fmt: skip
 
 
-FOLDER = os.path.expanduser  # a kind of value: in --flag=~/folder no shell has replaced the ~
+FOLDER = os.path.expanduser  # a kind of value: a path, in whose --flag=~/folder no shell has replaced the ~
 
 
 def parse_resolution(text: str) -> int | list[int]:
@@ -1049,17 +1044,17 @@ class Flag:
                 yield f"{given} needs the package {package}: pip install {package}, or give {self.name} otherwise"
 
 
-# The flags that both scripts have, by the groups of --help. One that is added has a line here, and nothing else.
+# The flags that both scripts have, by the groups of --help. One that is added has a line here or in OWN_FLAGS.
 FLAGS = {
     "model": [
-        Flag("--pretrained_model_name_or_path", required=True, help="FLUX.1 on the Hub, or a folder of diffusers"),
+        Flag("--pretrained_model_name_or_path", FOLDER, required=True, help="FLUX.1 on the Hub, or a diffusers folder"),
         Flag("--revision", help="branch, tag or commit of the checkpoint on the Hub"),
         Flag("--variant", help="variant of the weight files, for example fp16"),
         Flag("--cache_dir", FOLDER, help="where downloaded models and datasets are kept", resume="free"),
     ],
     "pictures and captions": [
         Flag("--instance_data_dir", FOLDER, help="folder with the pictures of the subject", resume="result"),
-        Flag("--dataset_name", help="dataset instead: a Hub name or a local folder", packages=(("", "datasets"),)),
+        Flag("--dataset_name", FOLDER, help="dataset instead: a Hub name or a folder", packages=(("", "datasets"),)),
         Flag("--dataset_config_name", help="configuration of the dataset, if it has several"),
         Flag("--image_column", default="image", help="column of the dataset with the pictures"),
         Flag("--caption_column", help="column of the dataset with the captions"),
@@ -1095,7 +1090,7 @@ FLAGS = {
     "training": [
         Flag("--train_text_encoder", bool, help="train CLIP too (T5 always stays frozen)", sharded=False,
              resume="refuse"),
-        Flag("--init_lora", help="LoRA to start from, whatever its scale: file, folder or Hub name"),
+        Flag("--init_lora", FOLDER, help="LoRA to start from, whatever its scale: file, folder or Hub name"),
         Flag("--train_batch_size", int, 4, "pictures per process and micro-batch", ge=1),
         Flag("--gradient_accumulation_steps", int, 1, "micro-batches per optimizer step", ge=1),
         Flag("--num_train_epochs", int, 1, "passes over the pictures", ge=1, resume="free"),
@@ -1167,7 +1162,7 @@ FLAGS = {
              packages=(("tensorboard", "tensorboard"), ("wandb", "wandb"),)),
         Flag("--checkpointing_steps", int, 500, "steps between two checkpoints", ge=1, resume="free"),
         Flag("--checkpoints_total_limit", int, help="how many to keep (default: all)", ge=1, resume="free"),
-        Flag("--resume_from_checkpoint", help="latest, or a checkpoint's name or path", resume="free"),
+        Flag("--resume_from_checkpoint", FOLDER, help="latest, or a checkpoint's name or path", resume="free"),
         Flag("--upcast_before_saving", bool, help="save the result in float32", resume="result"),
         Flag("--push_to_hub", bool, help="upload the result to the Hub", resume="free"),
         Flag("--hub_model_id", help="repository (default: the name of --output_dir)", resume="free"),
@@ -1213,17 +1208,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 def read_words(words: Iterable[str]) -> Iterator[str]:
     """A command line, with the flags in FILE in the place of @FILE, quoted as in a shell, with # for comments."""
-    for word in words:
+    for before, word in itertools.pairwise(["", *words]):
         if not word.startswith("@") or not os.path.isfile(word[1:]):  # noqa: PTH113  a prompt may begin with @, and be long
+            if word.startswith("@") and not re.fullmatch(r"--\w+", before):  # where no value is due
+                raise UsageError(f"{word}: there is no file {word[1:]}")
             yield word
             continue
-        for line in Path(word[1:]).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines():
-            parts = shlex.shlex(line, posix=True, punctuation_chars=False)
-            parts.whitespace_split, parts.commenters = True, ""  # a # inside a word begins no comment
-            try:
-                yield from read_words(itertools.takewhile(lambda part: not part.startswith("#"), parts))
-            except ValueError as error:
-                raise UsageError(f"{word}: {error}; quote as in a shell: {line}") from error
+        line = ""
+        try:
+            for line in Path(word[1:]).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines():
+                plain = re.sub(r"""(\\.|"(?:\\.|[^"\\])*"|'[^']*')|(?<!\S)#.*""", lambda found: found[1] or "", line)
+                yield from read_words(shlex.split(plain))
+        except UsageError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{word}: {error}; quote as in a shell: {line}") from error
 
 
 def problems(args: Namespace) -> Iterator[str]:
@@ -1236,7 +1235,7 @@ def problems(args: Namespace) -> Iterator[str]:
     whole = all(whole_tokens(int(side)) == int(side) for side in re.findall(r"\d+", buckets))
     known = args.optimizer.lower() in map(str.lower, OPTIMIZERS)
     package = chosen_optimizer(args).module.split(".")[0] if known else "torch"
-    optimizer = "--use_8bit_adam" if package == "bitsandbytes" else f"--optimizer={args.optimizer}"
+    optimizer = f"--optimizer={args.optimizer}" + " --use_8bit_adam" * args.use_8bit_adam
     wrong = {
         "no pictures: give --instance_data_dir FOLDER or --dataset_name NAME":
             not args.instance_data_dir and not args.dataset_name,
@@ -1289,15 +1288,9 @@ def name_problems(args: Namespace) -> Iterator[str]:
     """Paths and prompts that are almost certainly mistakes."""
     if not args.output_dir.strip():
         yield "--output_dir is empty; give a folder"
-    read = (
-        "instance_data_dir",
-        "validation_data_dir",
-        "mask_data_dir",
-        "dataset_name",
-        "pretrained_model_name_or_path",
-    )
-    written = ("output_dir", "class_data_dir")
-    for name, other in [*itertools.product(written, read), written, ("mask_data_dir", "instance_data_dir")]:
+    base, data = "pretrained_model_name_or_path", ("instance_data_dir", "validation_data_dir", "dataset_name")
+    written, masks = ("output_dir", "class_data_dir"), "mask_data_dir"
+    for name, other in [*itertools.product(written, (*data, masks, base)), written, (masks, data[0])]:
         both = [os.path.realpath(getattr(args, flag)) for flag in (name, other) if getattr(args, flag)]
         if len(both) == 2 and both[0] == both[1]:
             yield f"--{name} and --{other} are the same folder, {getattr(args, name)!r}; give each one of its own"
@@ -1509,7 +1502,8 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
         raise UsageError(f"{message}; write it, or give --instance_prompt for these")
     if missing and args.caption_column:
         logger.warning(f"{len(missing)} pictures take --instance_prompt for a caption: rows {shorten(missing)}")
-    files = [path for path in Path(args.dataset_name).rglob("[!.]*") if path.suffix.lower() in PICTURE_SUFFIXES]
+    names = (path.relative_to(args.dataset_name) for path in Path(args.dataset_name).rglob("*"))
+    files = [name for name in names if name.suffix.lower() in PICTURE_SUFFIXES and not f"/{name}".count("/.")]
     if len(files) > len(dataset):
         logger.warning(
             f"--dataset_name is {args.dataset_name!r}, of whose {len(files)} picture files {len(dataset)} are used: "
@@ -1598,7 +1592,7 @@ def nearest_size(size: Size, sizes: list[Size]) -> Size:
 def resolutions(args: Namespace) -> list[int]:
     """The sides of `--resolution` in whole tokens: what is beyond them the VAE and packing would cut off."""
     sides = args.resolution if isinstance(args.resolution, list) else [args.resolution]
-    return [side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in sides]
+    return list(dict.fromkeys(side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in sides))
 
 
 def training_sizes(args: Namespace, resolution: int | None = None) -> list[Size]:
@@ -1693,7 +1687,7 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
     """Draw the class pictures that are missing, at the training resolution, the processes sharing the work."""
     folder, held = Path(args.class_data_dir), len(HELD)
     if accelerator.is_main_process:
-        lock_folder("--class_data_dir", folder, 7200)  # another run may draw the same ones now
+        lock_folder("--class_data_dir", folder, 3500)  # another run may draw them now; others wait two hours
         remove_leftovers(folder)
     accelerator.wait_for_everyone()
     missing = args.num_class_images - len(list_picture_files(folder))
@@ -1703,7 +1697,7 @@ def generate_class_pictures(args: Namespace, accelerator: Accelerator, seed: int
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
     default = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
     dtype = default if args.prior_generation_precision in (None, "no") else PRECISIONS[args.prior_generation_precision]
-    encoded = encode_prompts(args, accelerator, [args.class_prompt], dtype)  # frees the encoders: 10 GB of FLUX.1 [dev]
+    encoded = encode_prompts(args, accelerator, [args.class_prompt][: len(numbers)], dtype)  # frees 10 GB of encoders
     if mine:
         sampler = make_sampler(args, load_base(args, dtype, accelerator.device))
         vae, size = load_vae(args, accelerator), (max(resolutions(args)),) * 2
@@ -1945,10 +1939,8 @@ def resolve_steps(args: Namespace, accelerator: Accelerator, dataset: DreamBooth
             f"at {args.max_train_steps}: raise --max_train_steps, or name an earlier checkpoint"
         )
     if not args.lr_scheduler.endswith("constant") and args.lr_warmup_steps >= args.max_train_steps:
-        reached = "the learning rate only rises"
-        logger.warning(
-            f"--lr_warmup_steps={args.lr_warmup_steps} is not below the {args.max_train_steps} steps: {reached}"
-        )
+        short = f"--lr_warmup_steps={args.lr_warmup_steps} is not below the {args.max_train_steps} steps"
+        logger.warning(f"{short}: the learning rate only rises")
     if args.scale_lr:
         args.learning_rate *= per_step
         logger.info(f"--scale_lr: the learning rate is {args.learning_rate} for {per_step} examples a step")
@@ -2296,7 +2288,7 @@ class BlockSwap:
             module._parameters[name] = nn.Parameter(weight.new_empty(0, device=self.device), requires_grad=False)
 
 
-# ============================================= 12. Engines and processes ==============================================
+# ============================== 12. What a run holds and prepares, engines and processes ==============================
 
 
 @dataclass
@@ -2383,7 +2375,7 @@ def prepare_data(
     """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = [*dataset.prompts, *(picture.prompt for picture in held_out), *(args.validation_prompt or [])]
-    prompts += [class_prompt(args, prompt) for prompt in dataset.prompts] if args.prior_from_base_model else []
+    prompts += [prior_prompt(args, prompt) for prompt in dataset.prompts] if args.prior_from_base_model else []
     prompts = list(dict.fromkeys(prompts))
     with stage(args, accelerator, f"Encoding {len(prompts)} prompts"):
         encoded = encode_prompts(args, accelerator, prompts, weight_dtype(accelerator))
@@ -2393,6 +2385,7 @@ def prepare_data(
         validation = encode_validation_pictures(args, accelerator, vae, held_out)
         if args.cache_latents:
             cache_latents(accelerator, vae, dataset)
+            read_resized.cache_clear()  # from here on nothing reads pictures
             vae = vae.to("cpu") if args.validation_prompt else None
     metadata = {
         "processes": accelerator.num_processes,
@@ -2659,8 +2652,12 @@ def clip_gradients(run: Run) -> Tensor | None:
     return run.accelerator.clip_grad_norm_(parameters, run.args.max_grad_norm or math.inf)
 
 
-def check_finite(run: Run, loss: float, norm: float) -> None:
-    """Stop unless a loss and the norm of its gradient are numbers."""
+def check_finite(run: Run, loss: float, grad_norm: Tensor | None) -> None:
+    """Stop unless a loss and the norm of its gradient, where it is known, are numbers."""
+    # In fp16, a step whose gradient is not finite is skipped, and the loss's scale halved, from 2^16 on.
+    skips, scaler = run.accelerator.mixed_precision == "fp16", run.accelerator.scaler
+    lost = scaler is not None and scaler.get_scale() < 2**-14  # thirty times more than it grew
+    norm = math.nan if lost else 0.0 if grad_norm is None or skips else float(grad_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(
             f"the loss is {loss} at step {run.state.step}, its gradient's norm {norm}. Likely causes: --learning_rate "
@@ -2683,25 +2680,28 @@ def check_model(args: Namespace) -> None:
         transformer = empty_transformer(args) if is_flux else None
     except Exception as error:  # the Hub's client has its own kinds
         reason = " ".join(f"{error} {error.__context__ or ''}".split())
-        raise UsageError(
-            f"--pretrained_model_name_or_path is {name!r}, which does not load: {reason} (FLUX.1 [dev] is gated: "
-            "accept its terms on its page, then `hf auth login`, or give --hub_token)"
-        ) from error
+        gated = "FLUX.1 [dev] is gated: accept its terms on its page, then `hf auth login`, or give --hub_token"
+        hint = "" if Path(name).exists() else f" ({gated})"
+        message = f"--pretrained_model_name_or_path is {name!r}, which does not load: {reason}{hint}"
+        raise UsageError(message) from error
     if transformer is None:
         raise UsageError(f"--pretrained_model_name_or_path is {name!r}, which is a {index.get('_class_name')}")
     check_parts(args, transformer)
 
 
 def check_parts(args: Namespace, transformer: FluxTransformer2DModel) -> None:
-    """Stop unless what flags name of the transformer, blocks and layers, is there."""
+    """Stop unless the blocks and layers that flags name are there, and the optimizer can be made."""
     for flag in ("--gradient_checkpointing_blocks", "--blocks_to_swap"):
         choose_blocks(transformer, flag, getattr(args, flag[2:]) or 0)
     add_adapter(args, transformer, transformer_targets(args), seed=0)
+    make_optimizer(
+        args, parameter_groups(args, transformer, None)
+    )  # an entry of OPTIMIZERS that does not work fails here
 
 
 def check_everything(args: Namespace, accelerator: Accelerator) -> tuple[Pictures, Checkpoint | None, str]:
     """Everything that can go wrong before a model is loaded goes wrong here, on the main process first."""
-    found: list[Any] = [None, None]
+    found: list[Any] = [None, None, None]
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             check_model(args)
@@ -2720,8 +2720,10 @@ def check_everything(args: Namespace, accelerator: Accelerator) -> tuple[Picture
             make_folder("--output_dir", args.output_dir)
             if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
                 make_folder("--class_data_dir", args.class_data_dir)
-            found = [repo_id, resumed]
-    repo_id, resumed = broadcast_object_list(found)
+            found = [repo_id, resumed, pictures.get("class", [])]
+    repo_id, resumed, drawn = broadcast_object_list(found)
+    if args.with_prior_preservation and len(drawn) < args.num_class_images:  # another run may be drawing them now
+        pictures["class"] = drawn
     check_machines(args, accelerator, resumed, pictures)
     return pictures, resumed, repo_id
 
@@ -2740,7 +2742,7 @@ def check_machines(args: Namespace, accelerator: Accelerator, resumed: Checkpoin
     folders = {"--output_dir": args.output_dir} if is_sharded(accelerator) else {}
     if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
         folders["--class_data_dir"] = args.class_data_dir
-    name = broadcast_object_list([f".probe-{random.SystemRandom().random()}{PARTIAL}"])[0]
+    name = broadcast_object_list([f".flux-probe-{random.SystemRandom().random()}"])[0]
     probes = {flag: Path(folder) / name for flag, folder in folders.items()}
     for probe in probes.values() if accelerator.is_main_process else []:
         probe.touch()
@@ -2751,7 +2753,7 @@ def check_machines(args: Namespace, accelerator: Accelerator, resumed: Checkpoin
     checkpoint = state_file.read_text() if state_file and state_file.is_file() else None
     pictures_of, checkpoint_of, found_of = zip(*gather_object([(names, checkpoint, found)]), strict=True)
     for probe in probes.values() if accelerator.is_main_process else []:
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     if any(others != names for others in pictures_of):
         raise UsageError("the machines have different pictures; copy the folders, or put them on a disk that all see")
     if any(others != checkpoint for others in checkpoint_of):
@@ -2821,7 +2823,7 @@ def save_checkpoint(run: Run) -> None:
         found = list_checkpoints(output).items()
         earlier = [path for number, path in found if number < state.step and (path / STATE_FILE).is_file()]
         for path in earlier[: max(0, len(earlier) + 1 - args.checkpoints_total_limit)]:
-            with warn_if_unwritable(f"{path.name}, which is one too many,"):
+            with warn_if_unwritable(f"The new name of {path.name}, which is to be removed,"):
                 remove(path.rename(path.with_name(f".{path.name}{PARTIAL}")))  # never a half-deleted checkpoint
     accelerator.wait_for_everyone()
 
@@ -3128,16 +3130,15 @@ def write_file(path: Path, text: str) -> None:
 
 def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names where a system can tell, is on the disk."""
-    if path.is_dir() and sys.platform == "win32":  # which opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError:
-        if not path.is_dir():  # some disks cannot flush a list of names
+        if not path.is_dir():  # Windows opens no folders, and some disks cannot flush a list of names
             raise
-    finally:
-        os.close(descriptor)
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -3197,7 +3198,8 @@ def lock_folder(flag: str, folder: Path, most: float) -> None:
     """
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     places = [Path(tempfile.gettempdir()) / f"flux-{name}.lock", *([folder / ".flux.lock"] if folder.is_dir() else [])]
-    for lock, seconds in itertools.product((FileLock(place) for place in places), (0, most)):
+    locks = [FileLock(place, fallback_to_soft=False) for place in places]  # else a killed run's mark would stay
+    for lock, seconds in itertools.product(locks, (0, most)):
         try:
             if not lock.is_locked:
                 lock.acquire(timeout=seconds)
@@ -3233,7 +3235,7 @@ def finished_state(args: Namespace, dataset: DreamBoothDataset) -> RunState | No
     changed = changed_flags(before, args, "result", "pictures", "warn", "refuse")
     pictures = fingerprint(dataset.sources)
     same = not changed and before.get("training pictures", pictures) == pictures
-    same = same and all((Path(args.output_dir) / name).exists() for name in [RESULTS[1], *final_pictures(args)])
+    same = same and (Path(args.output_dir) / RESULTS[1]).exists()  # of the pictures some may have been sorted out
     earlier = {"step": args.max_train_steps, "seed": before.get("seed")}  # of versions that did not write the state
     return RunState(**before.get("state", earlier)) if same and args.resume_from_checkpoint == "latest" else None
 
@@ -3248,8 +3250,9 @@ def mark_finished(args: Namespace, dataset: DreamBoothDataset, state: RunState) 
 # ============================================ 14. Results, model card, Hub ============================================
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+LOADS = "load_lora_weights"  # in a card's code
 ON_REQUEST = ["image_*.png"]
-RESULTS = ["README.md", LORA_FILE, *ON_REQUEST]  # what is pushed, beside the contact sheet
+RESULTS = ["README.md", LORA_FILE, *ON_REQUEST]  # pushed, with the sheet; the second proves a result
 METADATA = (  # of a LoraConfig, all that loading takes; other versions of peft refuse fields that they do not know
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "use_dora", "lora_bias",
 )  # fmt: skip
@@ -3451,10 +3454,10 @@ FLUX.1 [dev]'s: [non-commercial]({licence}).
 
 
 def name_repository(args: Namespace, repo_id: str) -> None:
-    """In the code of the card that stands, whose text may be the user's, put the repository in the folder's place."""
-    card = Path(args.output_dir) / "README.md"
-    old, new = (json.dumps(name, ensure_ascii=False) for name in (card.resolve().parent.name, repo_id))
-    write_file(card, card.read_text(encoding="utf-8").replace(f"({old}", f"({new}"))
+    """In the code of the card that stands, whose text may be the user's, load the result from the repository."""
+    card, name = Path(args.output_dir) / "README.md", json.dumps(repo_id, ensure_ascii=False)
+    loaded = rf'(?<={re.escape(LOADS)}\()"(?:\\.|[^"\\])*"'
+    write_file(card, re.sub(loaded, lambda _: name, card.read_text(encoding="utf-8")))
 
 
 def closing_summary(args: Namespace, state: RunState) -> str:

@@ -402,12 +402,16 @@ def test_a_value_may_begin_with_the_sign_of_a_file(script: ModuleType) -> None:
     assert args.instance_prompt == "@sks dog" and args.validation_prompt == ["@" + "very " * 99]
 
 
-def test_a_file_of_flags_may_have_a_mark_of_its_order_and_hashes_inside_words(
-    script: ModuleType, tmp_path: Path
-) -> None:
+def test_a_file_of_flags_is_read_as_a_shell_reads(script: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "my.txt"
     file.write_text("--instance_data_dir=dog#2 # whose?\n# it's mine\n", encoding="utf-8-sig")
     assert list(script.read_words(["-x", f"@{file}"])) == ["-x", "--instance_data_dir=dog#2"]
+    file.write_text("--validation_prompt '#1 dog' --seed=1  # 'one\n--class_prompt='c'\"'\"'d'\n")
+    assert list(script.read_words([f"@{file}"])) == [
+        "--validation_prompt", "#1 dog", "--seed=1", "--class_prompt=c'd",
+    ]  # fmt: skip
+    with pytest.raises(script.UsageError, match=r"^@flgas.txt: there is no file flgas.txt$"):
+        script.parse_args(["--center_crop=x", "@flgas.txt"])
     file.write_text("--instance_prompt=my dog's toy\n")
     with pytest.raises(
         script.UsageError, match="No closing quotation; quote as in a shell: --instance_prompt=my dog's toy"

@@ -26,11 +26,12 @@ WORDS = ("--trigger_word=sks dog", "--class_word=a dog")
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, script.StepInputs]]:
     """Losses of the pictures, (2B,), and inputs of each micro-batch of the training."""
     seen: list[tuple[Tensor, script.StepInputs]] = []
-    whole, of_each = script.training_loss, script.weigh_losses
+    whole, of_each = script.training_loss, script.flow_matching_loss
 
     def remember(*args: Any) -> Tensor:
-        current.append(args[0].detach())
-        return of_each(*args)
+        losses: Tensor = of_each(*args)
+        current.append(losses.detach())
+        return losses
 
     def record(transformer: Any, inputs: script.StepInputs) -> Tensor:
         loss = whole(transformer, inputs)
@@ -38,7 +39,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, script.StepInp
         return loss
 
     current: list[Tensor] = []
-    monkeypatch.setattr(script, "weigh_losses", remember)
+    monkeypatch.setattr(script, "flow_matching_loss", remember)
     monkeypatch.setattr(script, "training_loss", record)
     return seen
 
@@ -90,7 +91,7 @@ def test_the_loss_and_its_gradient_are_those_of_two_models(tiny_flux: Path) -> N
     text, pooled = draw(4, 6, config.joint_attention_dim), draw(4, config.pooled_projection_dim)
     base_pooled, guidance = draw(2, config.pooled_projection_dim), torch.ones(4, dtype=torch.float64)
     twice = [torch.cat([part, part]) for part in (latents, noise, sigmas)]
-    weights = torch.full((2,), 0.5, dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.5, 0.35, 0.35], dtype=torch.float64)
     inputs = script.StepInputs(*twice, text, pooled, guidance, weights, args, None, base_pooled)
     script.training_loss(adapted, inputs).backward()
     found = {name: parameter.grad.clone() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
@@ -143,13 +144,14 @@ def test_with_a_class_word_the_prior_has_each_pictures_own_prompt(
     expected = [*captions, "a photo of sks dog"]
     assert seen == {prompt: prompt.replace("sks dog", "a dog") for prompt in expected}
     args = Namespace(trigger_word="sks", class_word=r"a\1", class_prompt=None)
-    assert script.class_prompt(args, "sks dog beside desks") == r"a\1 dog beside desks"
+    assert script.prior_prompt(args, "sks dog beside desks") == r"a\1 dog beside desks"
 
 
 def test_a_mask_weighs_the_subject_alone() -> None:
     batch = {"keys": [SimpleNamespace(epoch=0, position=0)], "prompts": ["a"], "loss_weights": torch.ones(1)}
     batch |= {"latents": [torch.zeros(1, 16, 4, 4)] * 2, "token_weights": torch.tensor([[0.1, 1.0, 0.1, 1.0]])}
     args = Namespace(
+        prior_loss_weight=1.0,
         prior_from_base_model=True, class_prompt="b", class_word=None, flow_shift=None, weighting_scheme="none",
         logit_mean=0.0, logit_std=1.0, mode_scale=1.0, guidance_scale=1.0,
     )  # fmt: skip

@@ -258,12 +258,13 @@ def test_another_run_that_draws_the_same_class_pictures_is_waited_for(
     def draw_the_others() -> None:
         with FileLock(folder / ".flux.lock"):
             drawn.set()
-            while "Another run is using" not in caplog.text:
+            end = time.monotonic() + PATIENCE
+            while "Another run is using" not in caplog.text and time.monotonic() < end:
                 time.sleep(0.01)
             for number in range(2):
                 Image.new("RGB", (32, 32), "navy").save(folder / f"class_{number:05d}.png")
 
-    other = threading.Thread(target=draw_the_others)
+    other = threading.Thread(target=draw_the_others, daemon=True)
     other.start()
     drawn.wait()
     prior = ("--with_prior_preservation", "--class_prompt=a dog", f"--class_data_dir={folder}", "--num_class_images=2")

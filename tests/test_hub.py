@@ -146,6 +146,12 @@ def test_a_finished_run_that_is_pushed_later_has_a_card_that_names_the_repositor
     card = uploaded(hub)["README.md"].decode()
     assert '("tester/sks-dog"' in card and "3 steps of" in card and "seed 5\n" in card
     assert card.endswith("What I found out\n")
+    run(script, "--max_train_steps=3", "--resume_from_checkpoint=latest", *PUSH, "--hub_model_id=sks-cat")
+    card = hub.repositories["tester/sks-cat"]["README.md"].decode()
+    assert '("tester/sks-cat"' in card and "tester/sks-dog" not in card
+    (output / "README.md").unlink()
+    run(script, "--max_train_steps=3", "--resume_from_checkpoint=latest", *PUSH)
+    assert "3 steps of" in uploaded(hub)["README.md"].decode()
 
 
 def test_the_command_line_that_trackers_upload_has_no_token(

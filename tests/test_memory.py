@@ -316,8 +316,8 @@ def test_a_broken_loss_reaches_no_weight_of_a_fused_backward_pass(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     updates: list[int] = []
-    weigh_losses = full.weigh_losses
-    monkeypatch.setattr(full, "weigh_losses", lambda *args: weigh_losses(*args) * math.nan)
+    flow_matching_loss = full.flow_matching_loss
+    monkeypatch.setattr(full, "flow_matching_loss", lambda *args: flow_matching_loss(*args) * math.nan)
     monkeypatch.setattr(full.PerParameterOptimizer, "update", lambda self, number: updates.append(number))
     with pytest.raises(full.RunError, match="the loss is nan"):
         run(full, "--fused_backward_pass")

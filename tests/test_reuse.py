@@ -142,6 +142,15 @@ def test_a_result_that_no_checkpoint_has_is_kept_where_the_run_is_made_longer(sc
     assert not (output / "earlier-2").exists()
 
 
+def test_a_finished_run_whose_pictures_were_sorted_out_stays_finished(
+    script: ModuleType, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = run(script, "--validation_prompt=a dog")
+    (output / "image_0.png").unlink()
+    run(script, "--validation_prompt=a dog", LATEST)
+    assert "Nothing to do" in caplog.text and not (output / "earlier-1").exists()
+
+
 def test_a_result_that_was_taken_away_is_made_again(script: ModuleType, run: Run) -> None:
     output = run(script, EVERY)
     (output / script.RESULTS[1]).rename(output / "mine")
@@ -161,11 +170,18 @@ def test_a_signal_cuts_a_validation_short_and_the_resumed_run_makes_it_up(
             os.kill(os.getpid(), signal.SIGUSR1)
         return draw(*given, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    output, saves = tmp_path / "out", list[int]()
+    save_checkpoint = script.save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "save_checkpoint", lambda run: (saves.append(run.state.step), save_checkpoint(run))[1])
         patch.setattr(script, "draw_pictures", draw_pictures)
-        run(script, *flags)
-    output = tmp_path / "out"
-    assert next(drawn) == 5 and list(script.list_checkpoints(output)) == [2]
+        with pytest.raises(SystemExit):
+            run(script, *flags, "--checkpointing_steps=2")  # the checkpoint that owes it is there
+        assert next(drawn) == 5 and saves == [2]
+        drawn = itertools.count(4)
+        with pytest.raises(SystemExit):  # and once more while it is made up
+            run(script, *flags, LATEST)
+    assert list(script.list_checkpoints(output)) == [2]
     assert names(output / "validation") == {f"step_000000_{number}.png" for number in range(3)}
     run(script, *flags, LATEST)
     for path in (whole / "validation").iterdir():
@@ -335,6 +351,7 @@ def test_two_runs_do_not_write_to_one_folder(
     monkeypatch.setattr(script, "LOCK_SECONDS", 0.1)
     output = tmp_path / "out"
     (output / ".checkpoint-1.flux-partial").mkdir(parents=True)  # which the other one is writing
+    script.unlock_folders()
     script.lock_folder("--output_dir", output, 0)
     other = FileLock(script.HELD[0].lock_file)
     script.unlock_folders()

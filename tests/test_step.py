@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def random_step(batch: int, prior: bool, guided: bool, dtype: torch.dtype) -> St
         prompt_embeds=normal(5, 32),
         pooled_prompt_embeds=normal(32),
         guidance=torch.rand(count, generator=generator) * 4 + 1 if guided else None,
-        loss_weights=torch.tensor([0.5, 0.3, 0.2])[:batch],
+        loss_weights=torch.tensor([0.5, 0.3, 0.2])[:batch].repeat(count // batch) * torch.linspace(1, 0.4, count),
     )
 
 
@@ -79,18 +80,15 @@ def reference_velocity(transformer: nn.Module, step: Step, index: int, sigma: fl
     return velocity
 
 
-def reference_loss(transformer: nn.Module, step: Step, scheme: str, prior_loss_weight: float) -> Tensor:
+def reference_loss(transformer: nn.Module, step: Step, scheme: str) -> Tensor:
     """The loss by formula, one picture after the other."""
-    batch, total = len(step.loss_weights), torch.zeros(())
+    total = torch.zeros(())
     for index in range(len(step.latents)):
         sigma = step.sigmas[index].item()
         weight = {"sigma_sqrt": 1 / sigma**2, "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))}.get(scheme, 1.0)
         target = step.noise[index] - step.latents[index]
         loss = weight * ((reference_velocity(transformer, step, index, sigma) - target) ** 2).mean()
-        if index < batch:
-            total = total + step.loss_weights[index] * loss
-        else:
-            total = total + prior_loss_weight * step.loss_weights[index - batch] * loss
+        total = total + step.loss_weights[index] * loss
     return total
 
 
@@ -107,8 +105,8 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> FluxTransformer2DModel
 def check_step(script: ModuleType, folder: Path, dtype: torch.dtype, tolerance: float, **case: Any) -> None:
     transformer = load_transformer(folder, dtype)
     step = random_step(case["batch"], case["prior"], transformer.config.guidance_embeds, dtype)
-    expected = reference_loss(transformer, step, case["scheme"], prior_loss_weight=0.7)
-    loss = script.training_loss(transformer, script.StepInputs(*step, options(case["scheme"], prior_loss_weight=0.7)))
+    expected = reference_loss(transformer, step, case["scheme"])
+    loss = script.training_loss(transformer, script.StepInputs(*step, options(case["scheme"])))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6), case
     wanted, got = gradients(transformer, expected), gradients(transformer, loss)
     errors = {name: ((got[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted}
@@ -132,9 +130,35 @@ def test_loss_and_every_gradient_equal_the_formula_in_float32(
     check_step(script, folder, torch.float32, 1e-5, scheme="cosmap", prior=True, batch=3)
 
 
-def test_with_equal_weights_the_loss_is_the_instance_mean_plus_the_weighted_class_mean(script: ModuleType) -> None:
-    loss = script.weigh_losses(torch.tensor([1.0, 2.0, 6.0, 10.0, 30.0, 50.0]), torch.full((3,), 1 / 3), 0.1)
-    assert loss.item() == pytest.approx((1 + 2 + 6) / 3 + 0.1 * (10 + 30 + 50) / 3)
+def test_the_loss_is_the_instance_mean_plus_the_weighted_class_mean(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, training_loss = list[list[float]](), script.training_loss
+
+    def record(transformer: nn.Module, inputs: Any) -> Tensor:
+        weights.append(inputs.loss_weights.tolist())
+        return training_loss(transformer, inputs)
+
+    monkeypatch.setattr(script, "training_loss", record)
+    flags = ["--with_prior_preservation", "--class_prompt=a dog", f"--class_data_dir={tmp_path / 'class'}"]
+    run(script, *flags, "--num_class_images=2", "--prior_loss_weight=0.1", "--train_batch_size=3")
+    assert weights == [pytest.approx([1 / count] * count + [0.1 / count] * count) for count in (3, 2)]  # of five
+
+
+def test_numbers_of_the_loss_are_logged_as_its_mean_is(
+    script: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged, training_loss = list[dict[str, float]](), script.training_loss
+
+    def record(transformer: nn.Module, inputs: Any) -> Tensor:
+        inputs.logged["twice"] = 2 * training_loss(transformer, inputs)
+        return inputs.logged["twice"] / 2
+
+    monkeypatch.setattr(script, "training_loss", record)
+    monkeypatch.setattr(Accelerator, "log", lambda _, values, **__: logged.append(values))
+    run(script, "--train_batch_size=2", "--gradient_accumulation_steps=2")
+    assert len(logged) == 2
+    assert [values["twice"] for values in logged] == pytest.approx([2 * values["loss"] for values in logged])
 
 
 def test_noise_is_added_on_a_straight_line_with_each_pictures_sigma(script: ModuleType) -> None:

@@ -234,7 +234,7 @@ def run_step(plan: Plan, transformer: Any) -> None:
     embeds = torch.randn(batch, args.max_sequence_length, config.joint_attention_dim, dtype=plan.dtype)
     pooled = torch.randn(batch, config.pooled_projection_dim, dtype=plan.dtype)
     guidance = torch.ones(batch) if config.guidance_embeds else None
-    loss_weights, sigmas = torch.ones(args.train_batch_size), torch.rand(batch)
+    loss_weights, sigmas = torch.ones(batch), torch.rand(batch)
     inputs = plan.script.StepInputs(latents, noise, sigmas, embeds, pooled, guidance, loss_weights, args)
     if getattr(args, "prior_from_base_model", False):
         inputs.base_pooled = pooled[args.train_batch_size :]
@@ -465,11 +465,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="the flags of the training command")
     options = parser.parse_args(argv)
     script = load_script(options.script)
-    args = script.parse_args(options.flags)
-    args.resolution = max(script.resolutions(args))
-    models, source = load_models(args.pretrained_model_name_or_path)
-    plan, known = Plan(script, args, models), {}  # type: Plan, dict[tuple, tuple[float, float]]
     try:
+        args = script.parse_args(options.flags)
+        args.resolution = max(script.resolutions(args))
+        models, source = load_models(args.pretrained_model_name_or_path)
+        plan, known = Plan(script, args, models), {}  # type: Plan, dict[tuple, tuple[float, float]]
         stages = plan_stages(plan, known)
     except script.UsageError as error:
         raise SystemExit(f"{Path(options.script).name}: error: {error}") from None
