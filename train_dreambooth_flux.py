@@ -1005,7 +1005,8 @@ FLAGS = {
         Flag("--num_class_images", int, 100, "class pictures that there should be", ge=1),
         Flag("--prior_loss_weight", float, 1.0, "weight of the prior's loss", ge=0),
         Flag("--sample_batch_size", int, 4, "class pictures generated at a time", ge=1, resume="free"),
-        Flag("--prior_generation_precision", choices=list(PRECISIONS), help="(default: bf16 on a GPU, else fp32)"),
+        Flag("--prior_generation_precision", choices=list(PRECISIONS),
+             help="precision of drawing class pictures (default: bf16 on a GPU, else fp32)"),
     ],
     "training": [
         Flag("--train_text_encoder", bool, help="train CLIP too (T5 always stays frozen)", sharded=False,
@@ -1020,15 +1021,16 @@ FLAGS = {
     ],
     "memory and speed": [
         Flag("--gradient_checkpointing", bool, help="recompute activations to save memory", resume="free"),
-        Flag("--gradient_checkpointing_blocks", int, help="recompute those of so many blocks only (default: all)", ge=0,
+        Flag("--gradient_checkpointing_blocks", int, help="number of blocks that are recomputed (default: all)", ge=0,
              needs=("--gradient_checkpointing",), resume="free"),
-        Flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"),
+        Flag("--mixed_precision", choices=["no", "fp16", "bf16"],
+             help="of the computation and of what is frozen (default: what `accelerate config` says)"),
         Flag("--allow_tf32", bool, help="float32 products in TF32 on Ampere and newer"),
         Flag("--attention_backend", choices=ATTENTION_BACKENDS, help="diffusers' name of it (default: torch's choice)"),
         Flag("--enable_npu_flash_attention", bool, help="attention of an Ascend NPU", packages=(("", "torch_npu"),)),
     ],
     "flow matching and prompts": [
-        Flag("--guidance_scale", float, 3.5, "guidance input of the model in training"),
+        Flag("--guidance_scale", float, 3.5, "guidance input of the model in training; give 1 for FLUX.1 [dev]"),
         Flag("--weighting_scheme", default="none", choices=WEIGHTING_SCHEMES, help="how sigmas are drawn or weighted"),
         Flag("--flow_shift", parse_flow_shift, help="none, dynamic, or a number above 0 (above 1: more noise)"),
         Flag("--logit_mean", float, 0.0, "mean for --weighting_scheme=logit_normal"),
@@ -1059,7 +1061,8 @@ FLAGS = {
         Flag("--prodigy_safeguard_warmup", string_to_bool, True, "use with a learning-rate warm-up"),
         Flag("--use_ema", bool, help="average the weights; validation and the result use it", sharded=False,
              resume="refuse"),
-        Flag("--ema_decay", float, 0.99, "about the last 1 / (1 - decay) steps count", ge=0, lt=1),
+        Flag("--ema_decay", float, 0.99, "about the last 1 / (1 - decay) steps count, at most a ninth of those done",
+             ge=0, lt=1),
     ],
     "validation": [
         Flag("--validation_prompt", list, help="prompt of pictures; may be given several times", resume="pictures"),
@@ -1084,7 +1087,7 @@ FLAGS = {
         Flag("--checkpoints_total_limit", int, help="how many to keep (default: all)", ge=1, resume="free"),
         Flag("--resume_from_checkpoint", FOLDER, help="latest, or a checkpoint's name or path", resume="free"),
         Flag("--upcast_before_saving", bool, help="save the result in float32", resume="result"),
-        Flag("--push_to_hub", bool, help="upload the result to the Hub", resume="free"),
+        Flag("--push_to_hub", bool, help="upload the result to the Hub; a new repository is public", resume="free"),
         Flag("--hub_model_id", help="repository (default: the name of --output_dir)", resume="free"),
         Flag("--hub_token", help="token for the Hub (default: that of `hf auth login`)", resume="free"),
     ],
@@ -1239,6 +1242,8 @@ def notes_on_args(args: Namespace) -> list[str]:
             args.use_8bit_adam and not args.optimizer.lower().startswith("adamw"),
         f"--learning_rate={args.learning_rate} is low for prodigy, which finds the step size itself: use 1":
             prodigy and args.learning_rate <= 0.1,
+        f"--learning_rate={args.learning_rate} is prodigy's; try 1e-4 for a LoRA, 1e-5 for all weights":
+            not prodigy and args.learning_rate >= 0.1,
         f"prodigy has one learning rate: CLIP is trained with --learning_rate={args.learning_rate} too":
             prodigy and args.train_text_encoder,
         f"--resolution={args.resolution}: trained at {resolutions(args)}, multiples of {PIXELS_PER_TOKEN}":
@@ -2344,7 +2349,9 @@ def make_accelerator(args: Namespace) -> Accelerator:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()  # the stages are announced
-    logging.getLogger("diffusers.loaders.lora_pipeline").setLevel(logging.WARNING)  # if it cannot take all of a LoRA
+    for name, level in (("lora_pipeline", logging.WARNING), ("lora_conversion_utils", logging.INFO)):
+        logging.getLogger(f"diffusers.loaders.{name}").setLevel(level)  # what they leave out of a LoRA
+        logging.getLogger(f"diffusers.loaders.{name}").addFilter(lambda record: "is sparse" not in str(record.msg))
     if args.report_to != "none" and not accelerator.log_with:
         raise UsageError(f"--report_to is {args.report_to!r}, which is not installed; install it, or give none")
     precision = accelerator.mixed_precision
@@ -2513,8 +2520,8 @@ def check_finite(run: Run, loss: float, grad_norm: Tensor | None) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(
             f"the loss is {loss} at step {run.state.step}, its gradient's norm {norm}. Likely causes: --learning_rate "
-            "too high, an fp16 overflow, or broken weights. Checkpoints written so far are good: resume from the last "
-            "one with other flags"
+            "too high, an fp16 overflow, or broken weights. Checkpoints written so far are good: go on with "
+            "--resume_from_checkpoint=latest and a lower --learning_rate, or --mixed_precision=bf16"
         )
 
 
@@ -2545,9 +2552,7 @@ def check_parts(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     """Stop unless the blocks that flags name are there, and the optimizer can be made."""
     flag = "--gradient_checkpointing_blocks"
     choose_blocks(transformer, flag, getattr(args, flag[2:]) or 0)
-    make_optimizer(
-        args, parameter_groups(args, transformer, None)
-    )  # an entry of OPTIMIZERS that does not work fails here
+    make_optimizer(args, parameter_groups(args, transformer, None))  # what is wrong in OPTIMIZERS fails here
 
 
 def check_everything(args: Namespace, accelerator: Accelerator) -> tuple[Pictures, Checkpoint | None, str]:
@@ -2747,7 +2752,7 @@ def load_checkpoint(run: Run, resumed: Checkpoint) -> list[str]:
     args, trained, metadata, folder = run.args, run.trained, run.data.metadata, resumed.folder
     before, steps = resumed.metadata["data"], resumed.metadata["args"]["max_train_steps"]
     changes = changed_flags(resumed.metadata["args"], args, "warn")
-    if not args.lr_scheduler.startswith("constant") and steps != args.max_train_steps:
+    if "constant" not in args.lr_scheduler and steps != args.max_train_steps:
         changes.append(f"--max_train_steps was {steps} and is {args.max_train_steps}")
     for name in sorted(before.keys() & metadata.keys() - {"validation pictures"}):
         if before[name] != metadata[name]:
@@ -3191,11 +3196,12 @@ def final_pictures(args: Namespace) -> dict[str, str]:
 
 def loading_code(args: Namespace, source: str, base: str) -> str:
     """Python that loads what was trained from `source`, a folder or a repository, and draws with it."""
-    prompt = (args.validation_prompt or [args.instance_prompt or "a prompt like the captions"])[0]
+    prompt = (args.validation_prompt or [args.instance_prompt or args.trigger_word or "a prompt like the captions"])[0]
     width, height = validation_size(args)
     return f"""import torch
 from diffusers import FluxPipeline
 
+# 33 GiB; on a smaller GPU without .to("cuda"), and pipeline.enable_sequential_cpu_offload() before drawing
 pipeline = FluxPipeline.from_pretrained({json.dumps(source, ensure_ascii=False)}, torch_dtype=torch.bfloat16).to("cuda")
 options = {{"width": {width}, "height": {height}, "max_sequence_length": {args.max_sequence_length}}}
 image = pipeline({prompt!r}, **options).images[0]
@@ -3238,7 +3244,7 @@ def write_model_card(
         license="other",
         license_name="flux-1-dev-non-commercial-license",
         license_link=licence,
-        instance_prompt=args.instance_prompt,
+        instance_prompt=args.instance_prompt or args.trigger_word,
         widget=[{"text": prompt, "output": {"url": name}} for name, prompt in images.items()],
         tags=["text-to-image", "diffusers", "diffusers-training", "flux", "flux-diffusers", "dreambooth", *TAGS],
     )
@@ -3257,7 +3263,7 @@ A DreamBooth {KIND} of {f"`{Path(base).name}`" if local else f"[{base}](https://
 
 ## Trigger words
 
-    {args.instance_prompt or "the words of the captions"}
+    {args.instance_prompt or args.trigger_word or "the words of the captions"}
 
 ## Use it
 
@@ -3361,7 +3367,8 @@ class StopSignals:
         self.received = signal.Signals(number)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             with contextlib.suppress(OSError):  # the terminal may be what has gone
-                again = "; a second ^C does not wait" if number == signal.SIGINT else ""
+                waits = "; a second ^C does not wait" if LAUNCHER is None else "; the prompt may be back before that"
+                again = waits if number == signal.SIGINT else ""
                 os.write(2, f"\n{self.received.name}: stopping once this step is saved{again}\n".encode())
 
     def pending(self) -> int:

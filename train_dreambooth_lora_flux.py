@@ -19,7 +19,7 @@
         --cache_latents --rank=16 --lora_alpha=16 --learning_rate=1e-4 --max_train_steps=500 \
         --validation_prompt="A photo of sks dog in a bucket" --seed=0
 
-What is trained is held in float32 (a few MB to some hundred MB); the base stays frozen in the precision of
+What is trained is held in float32 (45 MB at rank 4, 179 MB at rank 16); the base stays frozen in the precision of
 `--mixed_precision`. With `--train_text_encoder`, CLIP gets adapters too; T5 is only ever used to encode the prompts.
 
 To change something, edit this. All but `FLAGS` (section 8) is in part one; what a run writes: section 14.
@@ -106,6 +106,7 @@ from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
 )
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -1085,7 +1086,8 @@ FLAGS = {
         Flag("--num_class_images", int, 100, "class pictures that there should be", ge=1),
         Flag("--prior_loss_weight", float, 1.0, "weight of the prior's loss", ge=0),
         Flag("--sample_batch_size", int, 4, "class pictures generated at a time", ge=1, resume="free"),
-        Flag("--prior_generation_precision", choices=list(PRECISIONS), help="(default: bf16 on a GPU, else fp32)"),
+        Flag("--prior_generation_precision", choices=list(PRECISIONS),
+             help="precision of drawing class pictures (default: bf16 on a GPU, else fp32)"),
     ],
     "training": [
         Flag("--train_text_encoder", bool, help="train CLIP too (T5 always stays frozen)", sharded=False,
@@ -1100,15 +1102,16 @@ FLAGS = {
     ],
     "memory and speed": [
         Flag("--gradient_checkpointing", bool, help="recompute activations to save memory", resume="free"),
-        Flag("--gradient_checkpointing_blocks", int, help="recompute those of so many blocks only (default: all)", ge=0,
+        Flag("--gradient_checkpointing_blocks", int, help="number of blocks that are recomputed (default: all)", ge=0,
              needs=("--gradient_checkpointing",), resume="free"),
-        Flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: what `accelerate config` says)"),
+        Flag("--mixed_precision", choices=["no", "fp16", "bf16"],
+             help="of the computation and of what is frozen (default: what `accelerate config` says)"),
         Flag("--allow_tf32", bool, help="float32 products in TF32 on Ampere and newer"),
         Flag("--attention_backend", choices=ATTENTION_BACKENDS, help="diffusers' name of it (default: torch's choice)"),
         Flag("--enable_npu_flash_attention", bool, help="attention of an Ascend NPU", packages=(("", "torch_npu"),)),
     ],
     "flow matching and prompts": [
-        Flag("--guidance_scale", float, 3.5, "guidance input of the model in training"),
+        Flag("--guidance_scale", float, 3.5, "guidance input of the model in training; give 1 for FLUX.1 [dev]"),
         Flag("--weighting_scheme", default="none", choices=WEIGHTING_SCHEMES, help="how sigmas are drawn or weighted"),
         Flag("--flow_shift", parse_flow_shift, help="none, dynamic, or a number above 0 (above 1: more noise)"),
         Flag("--logit_mean", float, 0.0, "mean for --weighting_scheme=logit_normal"),
@@ -1139,7 +1142,8 @@ FLAGS = {
         Flag("--prodigy_safeguard_warmup", string_to_bool, True, "use with a learning-rate warm-up"),
         Flag("--use_ema", bool, help="average the weights; validation and the result use it", sharded=False,
              resume="refuse"),
-        Flag("--ema_decay", float, 0.99, "about the last 1 / (1 - decay) steps count", ge=0, lt=1),
+        Flag("--ema_decay", float, 0.99, "about the last 1 / (1 - decay) steps count, at most a ninth of those done",
+             ge=0, lt=1),
     ],
     "validation": [
         Flag("--validation_prompt", list, help="prompt of pictures; may be given several times", resume="pictures"),
@@ -1164,20 +1168,20 @@ FLAGS = {
         Flag("--checkpoints_total_limit", int, help="how many to keep (default: all)", ge=1, resume="free"),
         Flag("--resume_from_checkpoint", FOLDER, help="latest, or a checkpoint's name or path", resume="free"),
         Flag("--upcast_before_saving", bool, help="save the result in float32", resume="result"),
-        Flag("--push_to_hub", bool, help="upload the result to the Hub", resume="free"),
+        Flag("--push_to_hub", bool, help="upload the result to the Hub; a new repository is public", resume="free"),
         Flag("--hub_model_id", help="repository (default: the name of --output_dir)", resume="free"),
         Flag("--hub_token", help="token for the Hub (default: that of `hf auth login`)", resume="free"),
     ],
 }  # fmt: skip
 OWN_FLAGS = {  # of this script
     "prior preservation": [
-        Flag("--prior_from_base_model", bool, help="no class pictures: predict what the base does for the class"),
-        Flag("--class_word", help="instead of --class_prompt: each picture's prompt, with this for --trigger_word",
+        Flag("--prior_from_base_model", bool, help="a prior without class pictures: what the base predicts"),
+        Flag("--class_word", help="instead of --class_prompt: each picture's own, with this for --trigger_word",
              needs=("--trigger_word", "--prior_from_base_model")),
     ],
     "adapters": [
         Flag("--rank", int, 4, "rank of the adapters", ge=1, resume="refuse"),
-        Flag("--lora_alpha", int, 4, "adapters are scaled by lora_alpha / rank", ge=1),
+        Flag("--lora_alpha", int, 4, "adapters are scaled by lora_alpha / rank; usually what --rank is", ge=1),
         Flag("--lora_dropout", float, 0.0, "dropout in front of the adapters", ge=0, lt=1),
         Flag("--lora_layers", help="comma-separated ends of layer names (default: see README)", resume="refuse"),
         Flag("--use_rslora", bool, help="scale by lora_alpha / sqrt(rank) instead"),
@@ -1185,7 +1189,7 @@ OWN_FLAGS = {  # of this script
     ],
     "memory and speed": [
         Flag("--base_quantization", default="none", choices=["none", "int8", "nf4"],
-             help="bits of the frozen weights", packages=(("nf4", "bitsandbytes"),), sharded=False),
+             help="frozen weights in 8 or 4 bits", packages=(("nf4", "bitsandbytes"),), sharded=False),
         Flag("--blocks_to_swap", int, 0, "blocks whose frozen weights wait in host memory", ge=0, sharded=False,
              resume="free", needs=("--gradient_checkpointing",)),
     ],
@@ -1333,6 +1337,8 @@ def notes_on_args(args: Namespace) -> list[str]:
             args.use_8bit_adam and not args.optimizer.lower().startswith("adamw"),
         f"--learning_rate={args.learning_rate} is low for prodigy, which finds the step size itself: use 1":
             prodigy and args.learning_rate <= 0.1,
+        f"--learning_rate={args.learning_rate} is prodigy's; try 1e-4 for a LoRA, 1e-5 for all weights":
+            not prodigy and args.learning_rate >= 0.1,
         f"prodigy has one learning rate: CLIP is trained with --learning_rate={args.learning_rate} too":
             prodigy and args.train_text_encoder,
         f"--resolution={args.resolution}: trained at {resolutions(args)}, multiples of {PIXELS_PER_TOKEN}":
@@ -2502,7 +2508,9 @@ def make_accelerator(args: Namespace) -> Accelerator:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()  # the stages are announced
-    logging.getLogger("diffusers.loaders.lora_pipeline").setLevel(logging.WARNING)  # if it cannot take all of a LoRA
+    for name, level in (("lora_pipeline", logging.WARNING), ("lora_conversion_utils", logging.INFO)):
+        logging.getLogger(f"diffusers.loaders.{name}").setLevel(level)  # what they leave out of a LoRA
+        logging.getLogger(f"diffusers.loaders.{name}").addFilter(lambda record: "is sparse" not in str(record.msg))
     if args.report_to != "none" and not accelerator.log_with:
         raise UsageError(f"--report_to is {args.report_to!r}, which is not installed; install it, or give none")
     precision = accelerator.mixed_precision
@@ -2661,8 +2669,8 @@ def check_finite(run: Run, loss: float, grad_norm: Tensor | None) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(
             f"the loss is {loss} at step {run.state.step}, its gradient's norm {norm}. Likely causes: --learning_rate "
-            "too high, an fp16 overflow, or broken weights. Checkpoints written so far are good: resume from the last "
-            "one with other flags"
+            "too high, an fp16 overflow, or broken weights. Checkpoints written so far are good: go on with "
+            "--resume_from_checkpoint=latest and a lower --learning_rate, or --mixed_precision=bf16"
         )
 
 
@@ -2694,9 +2702,17 @@ def check_parts(args: Namespace, transformer: FluxTransformer2DModel) -> None:
     for flag in ("--gradient_checkpointing_blocks", "--blocks_to_swap"):
         choose_blocks(transformer, flag, getattr(args, flag[2:]) or 0)
     add_adapter(args, transformer, transformer_targets(args), seed=0)
-    make_optimizer(
-        args, parameter_groups(args, transformer, None)
-    )  # an entry of OPTIMIZERS that does not work fails here
+    make_optimizer(args, parameter_groups(args, transformer, None))  # what is wrong in OPTIMIZERS fails here
+    if args.init_lora and not args.resume_from_checkpoint:  # else a checkpoint may have the weights
+        own = {f"transformer.{name}" for name in get_peft_model_state_dict(transformer, save_embedding_layers=False)}
+        given = {name for name in read_lora(args) if name.startswith("transformer.")}
+        if own != given:
+            ends = sorted({re.sub(r".*_blocks\.\d+\.|transformer\.|\.lora_.*", "", name) for name in given})
+            differ = f"missing {shorten([*own - given], 2)}, unknown {shorten([*given - own], 2)}"
+            raise UsageError(
+                f"--init_lora={args.init_lora} has other adapters than this run (check --lora_layers, --use_dora): its "
+                f"layers end in {shorten(ends)}; {differ}"
+            )
 
 
 def check_everything(args: Namespace, accelerator: Accelerator) -> tuple[Pictures, Checkpoint | None, str]:
@@ -2899,21 +2915,26 @@ def read_lora(args: Namespace) -> dict[str, Tensor]:
             cache_dir=args.cache_dir,
             token=args.hub_token,
         )
+        clip = {name: state.pop(name) for name in [*state] if name.startswith("text_encoder.")}
+        if clip:  # a file of kohya's has the names of diffusers' first versions
+            state |= convert_state_dict_to_peft(convert_state_dict_to_diffusers(clip))
     except Exception as error:  # each loader has its own kinds
         raise UsageError(f"--init_lora is {args.init_lora!r}, which does not load: {error}") from error
-    if not args.train_text_encoder and any(name.startswith("text_encoder.") for name in state):
+    if clip and not args.train_text_encoder:
         raise UsageError(f"--init_lora is {args.init_lora!r}, which changes CLIP too: give --train_text_encoder")
-    odd = [name for name in state if not name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"))]
+    ends = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+    odd = [name for name in state if not name.startswith(("transformer.", "text_encoder.")) or not name.endswith(ends)]
     if odd or not state:
         raise UsageError(
-            f"--init_lora is {args.init_lora!r}, which is no LoRA in names that are known: {shorten(odd, 3)}"
+            f"--init_lora is {args.init_lora!r}, which has what no adapter of this script takes: {shorten(odd, 3)}"
         )
     known, scaled = {**(alphas or {})}, {}
     for name, value in state.items():
         part, layer = name.partition(".")[0], name.rpartition(".lora_")[0]
         about = {key.removeprefix(f"{part}."): of for key, of in (metadata or {}).items() if key.startswith(f"{part}.")}
         rank = value.shape[1] if "lora_B" in name else value.shape[0]
-        patterns = [of for end, of in (about.get("alpha_pattern") or {}).items() if f".{layer}".endswith(f".{end}")]
+        path = layer.removeprefix(f"{part}.")
+        patterns = [of for key, of in (about.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", path)]
         alpha = float(known.get(f"{layer}.alpha", [*patterns, about.get("lora_alpha", rank)][0]))
         scale = alpha / (math.sqrt(rank) if about.get("use_rslora") else rank)
         scaled[name] = value.float() * (scale if "lora_B" in name else 1.0)
@@ -2936,7 +2957,7 @@ def load_checkpoint(run: Run, resumed: Checkpoint) -> list[str]:
     args, trained, metadata, folder = run.args, run.trained, run.data.metadata, resumed.folder
     before, steps = resumed.metadata["data"], resumed.metadata["args"]["max_train_steps"]
     changes = changed_flags(resumed.metadata["args"], args, "warn")
-    if not args.lr_scheduler.startswith("constant") and steps != args.max_train_steps:
+    if "constant" not in args.lr_scheduler and steps != args.max_train_steps:
         changes.append(f"--max_train_steps was {steps} and is {args.max_train_steps}")
     for name in sorted(before.keys() & metadata.keys() - {"validation pictures"}):
         if before[name] != metadata[name]:
@@ -3367,11 +3388,12 @@ def loading_code(args: Namespace, source: str, base: str) -> str:
     """Python that puts what was trained, from `source`, a folder or a repository, on its `base`, and draws with it."""
     options = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
     arguments = ", ".join([json.dumps(base), *(f"{name}={json.dumps(value)}" for name, value in options.items())])
-    prompt = (args.validation_prompt or [args.instance_prompt or "a prompt like the captions"])[0]
+    prompt = (args.validation_prompt or [args.instance_prompt or args.trigger_word or "a prompt like the captions"])[0]
     width, height = validation_size(args)
     return f"""import torch
 from diffusers import FluxPipeline
 
+# 33 GiB; on a smaller GPU without .to("cuda"), and pipeline.enable_sequential_cpu_offload() before drawing
 pipeline = FluxPipeline.from_pretrained({arguments}, torch_dtype=torch.bfloat16).to("cuda")
 pipeline.load_lora_weights({json.dumps(source, ensure_ascii=False)}, weight_name="{LORA_FILE}")
 options = {{"width": {width}, "height": {height}, "max_sequence_length": {args.max_sequence_length}}}
@@ -3415,7 +3437,7 @@ def write_model_card(
         license="other",
         license_name="flux-1-dev-non-commercial-license",
         license_link=licence,
-        instance_prompt=args.instance_prompt,
+        instance_prompt=args.instance_prompt or args.trigger_word,
         widget=[{"text": prompt, "output": {"url": name}} for name, prompt in images.items()],
         tags=["text-to-image", "diffusers", "diffusers-training", "flux", "flux-diffusers", "dreambooth", *TAGS],
     )
@@ -3434,7 +3456,7 @@ A DreamBooth {KIND} of {f"`{Path(base).name}`" if local else f"[{base}](https://
 
 ## Trigger words
 
-    {args.instance_prompt or "the words of the captions"}
+    {args.instance_prompt or args.trigger_word or "the words of the captions"}
 
 ## Use it
 
@@ -3538,7 +3560,8 @@ class StopSignals:
         self.received = signal.Signals(number)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             with contextlib.suppress(OSError):  # the terminal may be what has gone
-                again = "; a second ^C does not wait" if number == signal.SIGINT else ""
+                waits = "; a second ^C does not wait" if LAUNCHER is None else "; the prompt may be back before that"
+                again = waits if number == signal.SIGINT else ""
                 os.write(2, f"\n{self.received.name}: stopping once this step is saved{again}\n".encode())
 
     def pending(self) -> int:

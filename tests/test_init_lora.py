@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import train_dreambooth_flux as full
 import train_dreambooth_lora_flux as lora
 from conftest import Run
+from tools.lora_to_kohya import main
 
 FLAGS = ["--validation_loss", "--validation_steps=3", "--max_train_steps=3", "--upcast_before_saving", "--rank=2"]
 CLIP = ["--train_text_encoder", "--text_encoder_lr=1e-2", "--learning_rate=1e-2"]
@@ -45,14 +46,17 @@ def test_the_full_script_starts_from_the_merged_weights(run: Run, losses: list[f
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_scale_that_stands_in_the_metadata_counts(run: Run, losses: list[float], tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", ["transformer_blocks.0.attn.to_q", r"^transformer_blocks\.0\..*to_q"])
+def test_a_scale_that_stands_in_the_metadata_counts(
+    run: Run, losses: list[float], tmp_path: Path, pattern: str
+) -> None:
     """As other trainers write them: alpha beside the weights, and not in them."""
     written = run(lora, *FLAGS, "--learning_rate=1e-2") / lora.LORA_FILE
     with safe_open(written, "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
         state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     metadata["transformer.lora_alpha"] = 5  # of rank 2: the weights are multiplied by 2.5
-    metadata["transformer.alpha_pattern"] = {"transformer_blocks.0.attn.to_q": 2}  # not single_transformer_blocks.0's
+    metadata["transformer.alpha_pattern"] = {pattern: 2}  # not single_transformer_blocks.0's
     other_alpha = "transformer.transformer_blocks.0.attn.to_q."
     state = {
         name: value / 2.5 if "lora_B" in name and not name.startswith(other_alpha) else value
@@ -64,8 +68,27 @@ def test_a_scale_that_stands_in_the_metadata_counts(run: Run, losses: list[float
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_what_does_not_fit_is_one_message(run: Run, tmp_path: Path) -> None:
+def test_kohyas_names_start_what_ours_do(run: Run, losses: list[float], tmp_path: Path) -> None:
+    layers = "--lora_layers=ff.net.0.proj"  # diffusers knows those of the single blocks at FLUX.1's own size only
+    written = run(lora, *FLAGS, *CLIP, layers) / lora.LORA_FILE
+    main([str(written), str(tmp_path / "kohya.safetensors")])
+    flags = [layers, f"--init_lora={tmp_path / 'kohya.safetensors'}", f"--output_dir={tmp_path / 'next'}"]
+    run(lora, *FLAGS, *CLIP, *flags)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_what_does_not_fit_is_one_message(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = run(lora, *FLAGS, *CLIP)
+    with safe_open(written / lora.LORA_FILE, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    rows = torch.zeros(2, 64)
+    save_file(
+        state | {"x_embedder.lora_A.weight": rows, "x_embedder.lora_B.weight": rows.T.contiguous()},
+        tmp_path / "x.safetensors",
+    )
+    monkeypatch.setattr(lora, "encode_prompts", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(lora.UsageError, match=r"no adapter of this script takes: x_embedder\.lora_A\.weight"):
+        run(lora, "--rank=2", "--train_text_encoder", f"--init_lora={tmp_path / 'x.safetensors'}")
     for flags, words in (
         (["--rank=3", "--train_text_encoder"], r"of rank \[2\], and --rank is 3"),
         (["--rank=2"], "give --train_text_encoder"),
@@ -77,7 +100,7 @@ def test_what_does_not_fit_is_one_message(run: Run, tmp_path: Path) -> None:
         with pytest.raises(lora.UsageError, match=words):
             run(lora, *flags, f"--init_lora={written}", f"--output_dir={tmp_path / 'next'}")
     with pytest.raises(full.UsageError, match=r"--init_lora is .*which does not load"):
-        run(full, f"--init_lora={tmp_path}")
+        run(full, f"--init_lora={tmp_path}", f"--output_dir={tmp_path / 'full'}")
 
 
 def test_dora_and_other_alphas_are_merged_and_what_cannot_be_is_refused(

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.terminal import screen
 from conftest import Run, both_scripts, one_script
 
 pytestmark = one_script
@@ -24,6 +23,23 @@ LINE = re.compile(
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def screen(printed: str) -> list[str]:
+    """The lines that a terminal shows after `printed`: carriage returns write over, `ESC [ A` goes up."""
+    lines, row, column = [""], 0, 0
+    for part in re.split(r"(\r|\n|\x1b\[\d*[A-Za-z])", printed):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif part.startswith("\x1b["):
+            row -= int(part[2:-1] or 1) if part.endswith("A") else 0
+        else:
+            lines[row] = lines[row].ljust(column)[:column] + part + lines[row][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines]
 
 
 def printed_by(script: ModuleType, run: Run, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, *flags: str) -> str:
@@ -69,7 +85,7 @@ def test_a_log_file_gets_a_line_now_and_then(script: ModuleType, run: Run, monke
 def shown(script: ModuleType, caplog: pytest.LogCaptureFixture, step: int, values: list[dict[str, float]]) -> Any:
     """What the progress line says after a run of 100 steps, 7 an epoch, went from `step` on by `values`."""
     schedule = script.MicroBatches(7, 1, 1, 0, 1, 0, step, 100)
-    run = script.Run(None, type("Alone", (), {"is_local_main_process": True}), None, None, script.RunState(step, 0))
+    run = script.Run(None, type("Alone", (), {"is_local_main_process": True}), None, None, script.RunState(step, 0), None)
     progress = script.Progress(run, schedule)
     with caplog.at_level(logging.INFO):
         for value in values:

@@ -6,7 +6,7 @@ The flags are read by the script's own parser. Shapes come from the checkpoint's
 they are FLUX.1 [dev]'s. Weights, gradients and optimizer states are counted; activations are those of the script's own
 `training_loss`, run on tensors without memory. They are affine in the numbers of blocks of both kinds, so three small
 models tell those of the whole. benchmarks/simulate.py, which runs the whole command on a simulated GPU, takes the same
-to within 1 %, with swapped blocks less.
+to within 2 %.
 """
 
 import argparse
