@@ -256,8 +256,8 @@ def train(run: Run, schedule: MicroBatches) -> None:
             trained.ema.step(trained.parameters)
         state.step += 1
         upcoming = next(batches, None)  # reading the loss waits for the device: the next inputs are made before
-        own = torch.stack([torch.full_like(loss, run.signals.pending()), *sums.values()])
-        stop, *numbers = accelerator.reduce(own, reduction="sum").tolist()
+        own = torch.stack([*sums.values(), torch.full_like(loss, run.signals.pending())])
+        *numbers, stop = accelerator.reduce(own, reduction="sum").tolist()
         sums = dict(zip(sums, numbers, strict=True))
         progress.update(log_step(run, sums, grad_norm, time.perf_counter() - start))
         epoch, left = divmod(state.step, schedule.steps_per_epoch)

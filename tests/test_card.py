@@ -34,25 +34,23 @@ def test_the_card_is_what_the_hub_takes(script: ModuleType, run: Run, hub: HubSt
     assert [entry["output"]["url"] for entry in data["widget"]] == [f"image_{number}.png" for number in range(4)]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "named"),
-    [
-        ("license: other", "license: mine", "license"),
-        ("license_name: flux", "license_name: FLUX", "license_name"),
-        ("pipeline_tag: text-to-image", "pipeline_tag: drawing", "pipeline_tag"),
-        ("library_name: diffusers", "library_name: [diffusers]", "library_name"),
-        ("- dreambooth", "- {dreambooth: 1}", "tags"),
-        ("  output:", "  picture:", "widget"),
-        ("library_name", "base_model: /home/me/flux\nlibrary_name", "base_model"),
-    ],
+REFUSED = (  # by what is wrong: a part of a good card, and what stands in its place
+    ("license: other", "license: mine", "license"),
+    ("license_name: flux", "license_name: FLUX", "license_name"),
+    ("pipeline_tag: text-to-image", "pipeline_tag: drawing", "pipeline_tag"),
+    ("library_name: diffusers", "library_name: [diffusers]", "library_name"),
+    ("- dreambooth", "- {dreambooth: 1}", "tags"),
+    ("  output:", "  picture:", "widget"),
+    ("library_name", "base_model: /home/me/flux\nlibrary_name", "base_model"),
 )
-def test_the_stand_in_refuses_cards_that_the_hub_refuses(
-    script: ModuleType, run: Run, hub: HubState, old: str, new: str, named: str
-) -> None:
+
+
+def test_the_stand_in_refuses_cards_that_the_hub_refuses(script: ModuleType, run: Run, hub: HubState) -> None:
     content = (run(script, *DRAWN) / "README.md").read_text()
-    assert content.count(old) >= 1
-    with pytest.raises(ValueError, match=named):
-        ModelCard(content.replace(old, new)).validate()
+    for old, new, named in REFUSED:
+        assert content.count(old) >= 1
+        with pytest.raises(ValueError, match=named):
+            ModelCard(content.replace(old, new)).validate()
 
 
 def test_the_card_tells_of_data_steps_hardware_versions_and_flags(script: ModuleType, run: Run, tmp_path: Path) -> None:

@@ -27,7 +27,12 @@ FLUX = [
 
 def plan_of(script: ModuleType, *flags: str) -> memory_plan.Plan:
     args = script.parse_args([*FLUX, *flags])
-    return memory_plan.Plan(script, args, memory_plan.load_models(args.pretrained_model_name_or_path)[0])
+    return memory_plan.Plan(script, args, dict(models_of(args.pretrained_model_name_or_path)))
+
+
+@functools.cache
+def models_of(name: str) -> dict[str, Any]:
+    return memory_plan.load_models(name)[0]
 
 
 def test_planning_leaves_the_scripts_as_they_were_imported(script: ModuleType) -> None:

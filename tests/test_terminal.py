@@ -85,7 +85,9 @@ def test_a_log_file_gets_a_line_now_and_then(script: ModuleType, run: Run, monke
 def shown(script: ModuleType, caplog: pytest.LogCaptureFixture, step: int, values: list[dict[str, float]]) -> Any:
     """What the progress line says after a run of 100 steps, 7 an epoch, went from `step` on by `values`."""
     schedule = script.MicroBatches(7, 1, 1, 0, 1, 0, step, 100)
-    run = script.Run(None, type("Alone", (), {"is_local_main_process": True}), None, None, script.RunState(step, 0), None)
+    run = script.Run(
+        None, type("Alone", (), {"is_local_main_process": True}), None, None, script.RunState(step, 0), None
+    )
     progress = script.Progress(run, schedule)
     with caplog.at_level(logging.INFO):
         for value in values:

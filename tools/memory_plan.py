@@ -386,11 +386,14 @@ def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Sta
     states = state_bytes(plan, parameters)
     if args.use_ema:
         states += 4.0 * sum(parameter.numel() for parameter in parameters)  # a float32 copy, whatever is trained
+    block = (parameter for parameter in trained.transformer_blocks[0].parameters() if parameter.requires_grad)
+    last = float(sum(parameter.numel() * parameter.itemsize for parameter in block))  # that gets its gradient
     if fused:
-        gradients = float(max(parameter.numel() * parameter.itemsize for parameter in parameters))
-    # Kept activations go while gradients come, so the peak is at one end of the backward pass; only a second
-    # micro-batch finds gradients already there.
-    peak = gradients + whole if args.gradient_accumulation_steps > 1 else max(whole, gradients + internal)
+        gradients, last = float(max(parameter.numel() * parameter.itemsize for parameter in parameters)), 0.0
+    # Kept activations go while gradients come, so the peak is at one end of the backward pass, before the last block
+    # has its gradients; only a second micro-batch finds them already there.
+    ends = max(whole, gradients + max(0.0, internal - last))
+    peak = gradients + whole if args.gradient_accumulation_steps > 1 else ends
     peak = peak + update if fused else max(peak, gradients + update)
     resident = 0.0 if args.cache_latents else vae
     if args.train_text_encoder:
