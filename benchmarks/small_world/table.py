@@ -77,7 +77,7 @@ def world_flags(folder: Path, number: int, count: int, steps: int, seed: int) ->
     return [
         f"--pretrained_model_name_or_path={CHECKPOINT}", f"--instance_data_dir={pictures}",
         f"--instance_prompt=a photo of {RARE_WORD} {kind}", f"--class_prompt=a photo of a {kind}",
-        f"--class_data_dir={folder / f'class-{kind}'}", f"--output_dir={folder / 'trained'}",
+        f"--class_data_dir={folder / f'class-{kind}-{seed}'}", f"--output_dir={folder / 'trained'}",
         f"--resolution={draw.SIDE}", f"--max_sequence_length={TEXT_LENGTH}", f"--max_train_steps={steps}",
         f"--seed={seed}", "--report_to=none",
     ]  # fmt: skip
