@@ -359,9 +359,10 @@ def step_inputs(
     }
     transformer: Any = nn.Identity()
     transformer.config = SimpleNamespace(guidance_embeds=True)
-    data = script.TrainingData(dataset, prompts, vae, SHIFT, SCALE, validation=[], metadata={})
+    config = SimpleNamespace(shift_factor=SHIFT, scaling_factor=SCALE)
+    data = script.TrainingData(dataset, prompts, vae, config, validation=[], metadata={})
     models = script.Trained(transformer, None, None, None)
-    run = script.Run(flags(script), Accelerator(), data, models, script.RunState(0, seed))
+    run = script.Run(flags(script), Accelerator(), data, models, script.RunState(0, seed), None)
     return script.prepare_inputs(run, batch, torch.linspace(1, 0.001, 1000))
 
 

@@ -64,9 +64,12 @@ def undisturbed(
 
 
 def result_files(output: Path) -> list[str]:
-    """Every name in `output`; a run killed before the old checkpoint went may keep it, if it saves none any more."""
+    """Every name in `output`; a run killed before the old checkpoint went may keep it, if it saves none any more.
+
+    Not the lock, which a process takes away as it ends; a fork of `Forker` ends without that.
+    """
     names = (str(path.relative_to(output)) for path in output.rglob("*"))
-    return sorted(name for name in names if not name.startswith(f"checkpoint-{STEPS - 1}"))
+    return sorted(name for name in names if not name.startswith((f"checkpoint-{STEPS - 1}", ".flux.lock")))
 
 
 def newest_whole_step(script: ModuleType, output: Path) -> int:
