@@ -35,7 +35,7 @@ def test_the_base_draws_what_captions_ask_for() -> None:
     assert figures["class, colour and place"] >= 0.8 and figures["clear"] >= 0.85, figures
 
 
-def test_the_checkpoint_is_made_by_one_command_which_repeats_itself(
+def test_the_checkpoint_is_made_by_one_command_or_after_a_cut_by_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few steps of each stage; what the whole command reaches stands in benchmarks/results.md."""
@@ -43,9 +43,7 @@ def test_the_checkpoint_is_made_by_one_command_which_repeats_itself(
     monkeypatch.setattr(pretrain, "MEASURED", 2)
     monkeypatch.setattr("torch.compile", lambda model: model)
     monkeypatch.setattr(pretrain, "base_figures", lambda pipeline, *_: measure.base_figures(pipeline, 3))
-    monkeypatch.setattr(
-        pretrain, "truth_figures", lambda pipeline: measure.truth_figures(pipeline, 3)
-    )  # fewer pictures
+    monkeypatch.setattr(pretrain, "truth_figures", lambda pipeline: measure.truth_figures(pipeline, 3))
     tables, sample_sigmas = set[int](), pretrain.sample_sigmas
 
     def record(generators: Any, sigma_table: Any, *given: Any) -> Any:
@@ -53,10 +51,24 @@ def test_the_checkpoint_is_made_by_one_command_which_repeats_itself(
         return sample_sigmas(generators, sigma_table, *given)
 
     monkeypatch.setattr(pretrain, "sample_sigmas", record)
-    weights = []
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        monkeypatch.setattr("sys.argv", ["pretrain", str(folder), "--vae_steps=3", "--steps", "2", "2"])
+
+    def run(folder: Path, *flags: str) -> None:
+        monkeypatch.setattr("sys.argv", ["pretrain", str(folder), "--vae_steps=3", "--steps", "2", "2", *flags])
         pretrain.main()
+
+    def train_the_first(*given: Any, colourful: bool, **options: Any) -> None:
+        if colourful:
+            raise KeyboardInterrupt
+        train_transformer(*given, colourful=colourful, **options)
+
+    one, two, train_transformer = tmp_path / "one", tmp_path / "two", pretrain.train_transformer
+    run(one)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "train_transformer", train_the_first)
+        run(two)
+    run(two, f"--vae={two / 'vae'}", f"--transformer={two / 'transformer'}")
+    weights = []
+    for folder in (one, two):
         weights.append(sorted((path.relative_to(folder), path.read_bytes()) for path in folder.rglob("*.safetensors")))
         assert set(json.loads((folder / "figures.json").read_text())) >= {"held-out captions", "training"}
     assert weights[0] == weights[1] and len(weights[0]) == 4
