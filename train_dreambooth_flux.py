@@ -109,6 +109,7 @@ from diffusers.training_utils import (
 )
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData, load_torch_model, save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
@@ -3304,7 +3305,10 @@ def create_repository(args: Namespace) -> str:
     try:
         api = HfApi(token=args.hub_token)
         repo_id = api.create_repo(name, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)  # `create_repo` takes one that may only be read
+        with contextlib.suppress(
+            RepositoryNotFoundError
+        ):  # as a mirror of the Hub says that does not know the question
+            api.auth_check(repo_id, write=True)  # `create_repo` takes one that may only be read
         return repo_id
     except Exception as error:  # whatever it is, the push would fail after hours
         raise UsageError(

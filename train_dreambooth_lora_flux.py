@@ -109,6 +109,7 @@ from diffusers.training_utils import (
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -3497,7 +3498,10 @@ def create_repository(args: Namespace) -> str:
     try:
         api = HfApi(token=args.hub_token)
         repo_id = api.create_repo(name, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)  # `create_repo` takes one that may only be read
+        with contextlib.suppress(
+            RepositoryNotFoundError
+        ):  # as a mirror of the Hub says that does not know the question
+            api.auth_check(repo_id, write=True)  # `create_repo` takes one that may only be read
         return repo_id
     except Exception as error:  # whatever it is, the push would fail after hours
         raise UsageError(
