@@ -3498,9 +3498,7 @@ def create_repository(args: Namespace) -> str:
     try:
         api = HfApi(token=args.hub_token)
         repo_id = api.create_repo(name, exist_ok=True).repo_id
-        with contextlib.suppress(
-            RepositoryNotFoundError
-        ):  # as a mirror of the Hub says that does not know the question
+        with contextlib.suppress(RepositoryNotFoundError):  # a mirror of the Hub may not know the question
             api.auth_check(repo_id, write=True)  # `create_repo` takes one that may only be read
         return repo_id
     except Exception as error:  # whatever it is, the push would fail after hours
