@@ -3142,9 +3142,7 @@ def write_file(path: Path, text: str) -> None:
     """Write a text that is whole or not there."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        partial.write_text(
-            text, encoding="utf-8", errors="surrogateescape"
-        )  # as Python holds a path in another encoding
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # so Python holds other encodings
         replace_path(partial, path)
     finally:
         partial.unlink(missing_ok=True)
