@@ -202,7 +202,7 @@ def train_and_save(
         with stage(args, accelerator, "Saving the result"):
             dtype = torch.float32 if args.upcast_before_saving else weight_dtype(accelerator)
             partial = Path(args.output_dir) / f".results{PARTIAL}"
-            with cleanup_on_failure(args, "the result", partial, 4 * trained.size), trained.averaged():
+            with cleanup_on_failure(args, "the result", partial, dtype.itemsize * trained.size), trained.averaged():
                 save_results(args, accelerator, trained, dtype)
         if run.asked_to_stop():
             save_checkpoint(run)  # so that resuming only draws pictures and writes the card
@@ -812,8 +812,8 @@ def draw_validation_pictures(run: Run) -> None:
     embeds = [embed_prompt(accelerator, run.trained.text_encoder, prompt) for prompt in prompts]
     transformer, vae = unwrap(run.trained.transformer), data.vae.to(accelerator.device)
     numbers = own_share(accelerator, args.num_validation_images * len(embeds))
-    options = (state.seed, numbers, "Validation", run.asked_to_stop)
-    mine = sample_pictures(args, accelerator, transformer, vae, embeds, *options)
+    rest = (state.seed, numbers, "Validation", run.asked_to_stop)
+    mine = sample_pictures(args, accelerator, transformer, vae, embeds, *rest)
     pictures = [picture for _, picture in sorted(gather_dicts(mine).items())]
     if data.dataset.cached is not None:  # the training does not need it in between
         vae.to("cpu")
@@ -1415,7 +1415,7 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
     if missing and args.caption_column:
         logger.warning(f"{len(missing)} pictures take --instance_prompt for a caption: rows {shorten(missing)}")
     names = (path.relative_to(args.dataset_name) for path in Path(args.dataset_name).rglob("*"))
-    files = [name for name in names if name.suffix.lower() in PICTURE_SUFFIXES and not f"/{name}".count("/.")]
+    files = [name for name in names if name.suffix.lower() in PICTURE_SUFFIXES and "/." not in f"/{name.as_posix()}"]
     if len(files) > len(dataset):
         logger.warning(
             f"--dataset_name is {args.dataset_name!r}, of whose {len(files)} picture files {len(dataset)} are used: "
@@ -2526,7 +2526,7 @@ def check_finite(run: Run, loss: float, grad_norm: Tensor | None) -> None:
         )
 
 
-def check_model(args: Namespace) -> None:
+def check_model(args: Namespace) -> FluxTransformer2DModel:
     """Stop unless the base is a FLUX.1 pipeline that fits the flags; its weights are not read."""
     name = args.pretrained_model_name_or_path
     if args.attention_backend:
@@ -2546,14 +2546,16 @@ def check_model(args: Namespace) -> None:
         raise UsageError(message) from error
     if transformer is None:
         raise UsageError(f"--pretrained_model_name_or_path is {name!r}, which is a {index.get('_class_name')}")
-    check_parts(args, transformer)
+    return transformer
 
 
-def check_parts(args: Namespace, transformer: FluxTransformer2DModel) -> None:
+def check_parts(args: Namespace, transformer: FluxTransformer2DModel, resumed: Checkpoint | None) -> None:
     """Stop unless the blocks that flags name are there, and the optimizer can be made."""
     flag = "--gradient_checkpointing_blocks"
     choose_blocks(transformer, flag, getattr(args, flag[2:]) or 0)
     make_optimizer(args, parameter_groups(args, transformer, None))  # what is wrong in OPTIMIZERS fails here
+    if args.init_lora and resumed is None:
+        read_lora(args)
 
 
 def check_everything(args: Namespace, accelerator: Accelerator) -> tuple[Pictures, Checkpoint | None, str]:
@@ -2561,7 +2563,7 @@ def check_everything(args: Namespace, accelerator: Accelerator) -> tuple[Picture
     found: list[Any] = [None, None, None]
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            check_model(args)
+            transformer = check_model(args)
         pictures = list_pictures(args)
         if accelerator.is_main_process:
             unlock_folders()  # of a run before, in the same process
@@ -2571,8 +2573,7 @@ def check_everything(args: Namespace, accelerator: Accelerator) -> tuple[Picture
             if resumed and (changed := changed_flags(resumed.metadata["args"], args, "refuse")):
                 reason = f"{resumed.folder} does not fit this run: {', '.join(changed)}"
                 raise UsageError(f"{reason}. Give them as they were, or start anew")
-            if args.init_lora and resumed is None:
-                read_lora(args)
+            check_parts(args, transformer, resumed)
             repo_id = create_repository(args) if args.push_to_hub else Path(args.output_dir).resolve().name
             make_folder("--output_dir", args.output_dir)
             if args.with_prior_preservation and len(pictures.get("class", [])) < args.num_class_images:
@@ -3089,12 +3090,14 @@ def save_results(args: Namespace, accelerator: Accelerator, trained: Trained, dt
         t5 = from_base(T5EncoderModel, args, subfolder="text_encoder_2", dtype="auto")  # as in its file
         rest = from_base(FluxPipeline, args, text_encoder_2=t5, dtype=dtype, **dict.fromkeys(written))
         rest.save_pretrained(partial)
-        with contextlib.suppress(Exception):  # transformers 4 cannot read the tokenizers that transformers 5 writes
+        try:  # transformers 4 cannot read the tokenizers that transformers 5 writes
             base, options = args.pretrained_model_name_or_path, hub_options(args, allow_patterns=["tokenizer*/*"])
             options.pop("variant", None)
             folder = Path(base) if Path(base).is_dir() else Path(snapshot_download(base, **options))
             for name in ("tokenizer", "tokenizer_2"):
                 shutil.copytree(folder / name, partial / name, dirs_exist_ok=True)
+        except Exception as error:  # as the Hub's client has them
+            logger.warning(f"The base's tokenizers were not at hand, so that transformers 4 cannot load these: {error}")
         index = json.loads((partial / "model_index.json").read_text()) | {
             "transformer": ["diffusers", "FluxTransformer2DModel"],
             "text_encoder": ["transformers", "CLIPTextModel"],

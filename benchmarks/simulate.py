@@ -576,6 +576,7 @@ def simulate(script: ModuleType, flags: list[str], size: str = "dev", steps: int
         args.skip_final_inference = True  # what was saved is not written
         changes = {
             "stage": stage, "log_step": log, "from_base": loader(size, folder), "check_model": lambda _: None,
+            "check_parts": lambda *_: None,
             "save_results": lambda _, accelerator, trained, dtype: [
                 script.whole_weights(accelerator, model, dtype) for model in trained.models
             ],

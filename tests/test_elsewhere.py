@@ -272,3 +272,18 @@ def test_another_run_that_draws_the_same_class_pictures_is_waited_for(
     other.join()
     assert {path.name for path in folder.iterdir()} == {"class_00000.png", "class_00001.png"}
     assert [Image.open(path).getpixel((0, 0)) for path in folder.iterdir()] == [(0, 0, 128)] * 2
+
+
+def test_a_whole_result_has_the_bases_tokenizers_and_names_them_so(run: Run, tiny_flux: Path, tmp_path: Path) -> None:
+    """What transformers 5 writes of them transformers 4 cannot read; FLUX.1 [dev]'s have files for both."""
+    base = Path(shutil.copytree(tiny_flux, tmp_path / "base"))
+    for name, file in (("tokenizer", "vocab.json"), ("tokenizer_2", "spiece.model")):
+        (base / name / file).write_text("of transformers 4")
+    output = run(SCRIPTS["full"], f"--pretrained_model_name_or_path={base}", "--max_train_steps=1")
+    for path in [*base.glob("tokenizer*/*")]:
+        assert (output / path.relative_to(base)).read_bytes() == path.read_bytes()
+    index = json.loads((output / "model_index.json").read_text())
+    assert index["tokenizer_2"] == ["transformers", "T5TokenizerFast"]
+    assert (index["transformer"], index["text_encoder"]) == (
+        ["diffusers", "FluxTransformer2DModel"], ["transformers", "CLIPTextModel"],
+    )  # fmt: skip

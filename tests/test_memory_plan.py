@@ -174,3 +174,20 @@ def test_it_says_how_few_blocks_need_to_be_recomputed(
     printed = capsys.readouterr().out
     assert "tight    fits; faster: --gradient_checkpointing_blocks=1\n" in printed
     assert "large    fits; faster: --gradient_checkpointing_blocks=0\n" in printed
+
+
+def test_what_comes_before_the_training_is_counted_by_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "activations", lambda *_: (0.0, 0.0))  # of the training
+
+    def stages_of(script: ModuleType, *flags: str) -> dict[str, memory_plan.Stage]:
+        prior = ["--with_prior_preservation", "--class_prompt=a dog", "--class_data_dir=class"]
+        return {stage.name: stage for stage in memory_plan.plan_stages(plan_of(script, *prior, *flags), {})}
+
+    bf16 = stages_of(full, "--mixed_precision=bf16", "--sample_batch_size=1")
+    many = stages_of(full, "--mixed_precision=bf16", "--sample_batch_size=32")
+    assert many["class pictures"].activations > 2 * bf16["class pictures"].activations
+    fp32 = stages_of(full, "--mixed_precision=bf16", "--sample_batch_size=1", "--prior_generation_precision=fp32")
+    assert fp32["class pictures"].weights == pytest.approx(2 * bf16["class pictures"].weights, rel=0.01)
+    fp16 = stages_of(full, "--mixed_precision=fp16", "--sample_batch_size=1")
+    wider = (fp16["text encoders"].weights - bf16["text encoders"].weights) / memory_plan.GIB
+    assert wider == pytest.approx(24 * 4096 * 10240 * 2 / memory_plan.GIB)  # transformers keeps T5's 24 `wo` in float32

@@ -223,18 +223,27 @@ def drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+def model_inputs(args: Namespace, config: Any, batch: int, dtype: torch.dtype) -> tuple:
+    """Latents, sigmas, both embeddings in `dtype`, and guidance, as `predict_velocity` takes them."""
+    side = args.resolution // 8
+    return (
+        torch.randn(batch, config.in_channels // 4, side, side),
+        torch.rand(batch),
+        torch.randn(batch, args.max_sequence_length, config.joint_attention_dim, dtype=dtype),
+        torch.randn(batch, config.pooled_projection_dim, dtype=dtype),
+        torch.ones(batch) if config.guidance_embeds else None,
+    )
+
+
 def run_step(plan: Plan, transformer: Any) -> None:
     """Forward and backward pass of a micro-batch with the script's own loss; gradients of weights are not kept."""
     args, config = plan.args, transformer.config
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(drop_gradient)
-    batch, side = rows_of_a_micro_batch(args), args.resolution // 8
-    latents, noise = (torch.randn(batch, config.in_channels // 4, side, side) for _ in range(2))
-    embeds = torch.randn(batch, args.max_sequence_length, config.joint_attention_dim, dtype=plan.dtype)
-    pooled = torch.randn(batch, config.pooled_projection_dim, dtype=plan.dtype)
-    guidance = torch.ones(batch) if config.guidance_embeds else None
-    loss_weights, sigmas = torch.ones(batch), torch.rand(batch)
+    batch = rows_of_a_micro_batch(args)
+    latents, sigmas, embeds, pooled, guidance = model_inputs(args, config, batch, plan.dtype)
+    noise, loss_weights = torch.randn_like(latents), torch.ones(batch)
     inputs = plan.script.StepInputs(latents, noise, sigmas, embeds, pooled, guidance, loss_weights, args)
     if getattr(args, "prior_from_base_model", False):
         inputs.base_pooled = pooled[args.train_batch_size :]
@@ -337,25 +346,16 @@ def vae_bytes(plan: Plan, size: tuple[int, int], decodes: bool) -> int:
 
 
 @torch.no_grad()
-def run_sampling(transformer: Any, rows: int, side: int, text: int, dtype: torch.dtype) -> None:
-    """A sampling step for class pictures, `side` tokens high and wide."""
-    config = transformer.config
-    transformer(
-        hidden_states=torch.randn(rows, side * side, config.in_channels, dtype=dtype),
-        timestep=torch.rand(rows, dtype=dtype),
-        guidance=torch.ones(rows) if config.guidance_embeds else None,
-        pooled_projections=torch.randn(rows, config.pooled_projection_dim, dtype=dtype),
-        encoder_hidden_states=torch.randn(rows, text, config.joint_attention_dim, dtype=dtype),
-        txt_ids=torch.zeros(text, 3),
-        img_ids=torch.zeros(side * side, 3),
-    )
+def run_sampling(plan: Plan, transformer: Any) -> None:
+    """A sampling step for `--sample_batch_size` class pictures, in bf16."""
+    inputs = model_inputs(plan.args, transformer.config, plan.args.sample_batch_size, torch.bfloat16)
+    plan.script.predict_velocity(transformer, inputs[0].bfloat16(), *inputs[1:])
 
 
 def sampling_bytes(plan: Plan) -> int:
-    """Bytes that a sampling step for `--sample_batch_size` class pictures needs beside the weights."""
-    args, transformer = plan.args, resized(plan.models["transformer"], 2, 2).to(torch.bfloat16)
-    size = (args.sample_batch_size, args.resolution // 16, args.max_sequence_length, torch.bfloat16)
-    return peak_of([transformer], functools.partial(run_sampling, transformer, *size))
+    """Bytes that a sampling step needs beside the weights."""
+    transformer = resized(plan.models["transformer"], 2, 2).to(torch.bfloat16)
+    return peak_of([transformer], functools.partial(run_sampling, plan, transformer))
 
 
 def plan_stages(plan: Plan, known: dict[tuple, tuple[float, float]]) -> list[Stage]:
