@@ -3,7 +3,7 @@
 # make quick   the tests of numbers, data and flags, within a minute: for who edits a script
 # make faults  the long fault injection: 30 kills of each script, each resumed
 # make gpu     on a machine with a GPU, without a network: what only a GPU shows, then five rows of the table of speeds
-# make check   ruff, mypy, and that the two scripts still share their text
+# make check   ruff, mypy, that the two scripts still share their text, and the sizes (tools/sizes.py)
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,7 +34,9 @@ demo: $(VENV)/installed
 		--validation_prompt="a photo of sks dog in a room" --validation_prompt="a photo of sks dog at sunset" \
 		--validation_prompt="a photo of sks dog on a street" --validation_prompt="a photo of sks dog at sea" \
 		--validation_prompt="a photo of a dog" --seed=3
-	@test -s demo/trained-lora/pytorch_lora_weights.safetensors && test -s demo/trained-lora/image_0.png
+	@echo
+	$(BIN)/python tools/contact_sheet.py demo/trained-lora --prompts "in a room" "at sunset" "on a street" "at sea" "a photo of a dog"
+	@cd demo/trained-lora && ls -d pytorch_lora_weights.safetensors image_0.png validation checkpoint-200 checkpoint-400 logs >/dev/null
 	@echo
 	@echo "It works: demo/trained-lora/contact_sheet.jpg shows any dog in its first row, and in its last the dog of demo/pictures,"
 	@echo "the first two columns in places where it was never photographed; the last column, \"a photo of a dog\", stays another dog."
@@ -44,7 +46,7 @@ demo: $(VENV)/installed
 	@echo "  pictures on the way  demo/trained-lora/validation/"
 	@echo "  checkpoints          demo/trained-lora/checkpoint-200 and -400, for --resume_from_checkpoint=latest"
 	@echo "  curves               $(BIN)/tensorboard --logdir demo/trained-lora/logs"
-	@echo "Next: the same command on FLUX.1 [dev] and your pictures, in README.md under 'The real thing'."
+	@echo "Next: the same with FLUX.1 [dev] and your pictures, in README.md under 'In a hurry: a LoRA of your dog'."
 
 test: $(VENV)/tools
 	$(PYTEST)
@@ -64,6 +66,7 @@ check: $(VENV)/tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_shared_code.py
+	$(BIN)/python -m tools.sizes
 
 $(VENV)/installed: requirements_flux.txt
 	test -x $(BIN)/python || $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python must be 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)')"
@@ -73,7 +76,7 @@ $(VENV)/installed: requirements_flux.txt
 	@touch $@
 
 $(VENV)/tools: $(VENV)/installed pyproject.toml
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check "deepspeed==0.19.8" "pytest~=9.2" "pytest-xdist~=3.8" "ruff~=0.17.6" "mypy~=2.4.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pytest~=9.2" "pytest-xdist~=3.8" "ruff~=0.17.6" "mypy~=2.4.1"
 	@touch $@
 
 clean:

@@ -18,21 +18,14 @@ JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "M
 for name in [name for name in os.environ if name.startswith(OURS) or name in JOB]:  # however the tests were started
     del os.environ[name]
 os.environ.update(
-    HF_HOME=HOME,
-    XDG_CACHE_HOME=HOME,
-    WANDB_CACHE_DIR=HOME,
-    HF_HUB_OFFLINE="1",
-    HF_HUB_DISABLE_TELEMETRY="1",
-    ACCELERATE_USE_CPU="true",
-    CUDA_VISIBLE_DEVICES="",
-    WANDB_MODE="offline",
-    WANDB_DIR=HOME,
-    WANDB_SILENT="true",
-    TOKENIZERS_PARALLELISM="false",
+    HF_HOME=HOME, XDG_CACHE_HOME=HOME, WANDB_CACHE_DIR=HOME, WANDB_DIR=HOME, WANDB_MODE="offline", WANDB_SILENT="true",
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false",
+    ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="",
     OMP_NUM_THREADS="1",  # the tiny model gains nothing from more, and threads that wait for each other burn the cores
-)
+)  # fmt: skip
 
 import pytest  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from huggingface_hub import constants, hf_api  # noqa: E402
 
@@ -45,7 +38,6 @@ os.fsync = lambda fd: None  # nothing here outlives the machine, and a disk take
 
 SCRIPTS = {"full": train_dreambooth_flux, "lora": train_dreambooth_lora_flux}
 Run = Callable[..., Path]
-
 
 one_script = pytest.mark.scripts(1)  # what is tested is the same text in both scripts
 both_scripts = pytest.mark.scripts(2)  # what is trained, saved, loaded, held in memory, or in which precision
@@ -66,10 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("script", [SCRIPTS[kind] for kind in kinds], ids=kinds)
 
 
-LONGEST = (  # from two minutes to twenty seconds
-    "simulate", "signals", "engines", "small_world", "memory", "resume", "memory_plan", "faults", "reuse", "learning",
-    "processes",
-)  # fmt: skip
+LONGEST = ("simulate", "engines", "signals", "small_world", "memory", "faults", "resume", "processes", "learning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -109,8 +98,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fresh_start() -> Iterator[None]:
     """accelerate keeps its state in singletons; each test starts without, and with nothing for the garbage collector.
 
-    What is there by then is looked at no more: else each `gc.collect` of the scripts takes 0.2 s on the libraries' and
-    pytest's objects.
+    What is there by then is frozen: else each `gc.collect` of the scripts takes 0.2 s on objects of libraries.
     """
     gc.collect()
     gc.freeze()
@@ -135,19 +123,11 @@ def launch(script: ModuleType, flags: list[str], folder: Path) -> None:
 def base_flags(tiny_flux: Path, pictures: Path, tmp_path: Path) -> list[str]:
     """Flags of a short run on the tiny checkpoint: 32 px, batch size 1, no tracker. Later flags win over these."""
     return [
-        f"--pretrained_model_name_or_path={tiny_flux}",
-        f"--instance_data_dir={pictures}",
-        "--instance_prompt=a photo of sks dog",
-        f"--output_dir={tmp_path / 'out'}",
-        "--resolution=32",
-        "--train_batch_size=1",
-        "--max_train_steps=2",
-        "--max_sequence_length=16",
-        "--num_validation_images=1",
-        "--validation_num_inference_steps=3",
-        "--report_to=none",
-        "--seed=0",
-    ]
+        f"--pretrained_model_name_or_path={tiny_flux}", f"--instance_data_dir={pictures}",
+        "--instance_prompt=a photo of sks dog", f"--output_dir={tmp_path / 'out'}", "--resolution=32",
+        "--train_batch_size=1", "--max_train_steps=2", "--max_sequence_length=16", "--num_validation_images=1",
+        "--validation_num_inference_steps=3", "--report_to=none", "--seed=0",
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -161,6 +141,14 @@ def run(base_flags: list[str]) -> Run:
         return Path(args.output_dir)
 
     return run_main
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """What a run gives its trackers, in order; "step" is the step."""
+    values: list[dict[str, float]] = []
+    monkeypatch.setattr(Accelerator, "log", lambda _, numbers, step: values.append({**numbers, "step": step}))
+    return values
 
 
 @pytest.fixture

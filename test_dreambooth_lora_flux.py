@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_dreambooth_lora_flux as script
 from conftest import Run, launch
 
-ROOT = Path(__file__).parent
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -46,19 +45,13 @@ def launched(tiny_flux: Path, pictures: Path, tmp_path_factory: pytest.TempPathF
     return output
 
 
-def test_the_saved_adapters_load_and_change_the_picture(launched: Path, tiny_flux: Path) -> None:
+def test_the_saved_adapters_of_both_models_load_and_change_what_is_drawn(launched: Path, tiny_flux: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(tiny_flux)
-    before = draw(pipeline)
+    before, text = draw(pipeline), pipeline.encode_prompt("a photo of sks dog", max_sequence_length=16)
     pipeline.load_lora_weights(launched, weight_name=LORA)
     assert np.abs(draw(pipeline) - before).max() > 1e-3
-
-
-def test_clips_adapter_is_in_the_file_and_loads(launched: Path, tiny_flux: Path) -> None:
-    pipeline = FluxPipeline.from_pretrained(tiny_flux)
-    before = pipeline.encode_prompt("a photo of sks dog", max_sequence_length=16)
-    pipeline.load_lora_weights(launched, weight_name=LORA)
     after = pipeline.encode_prompt("a photo of sks dog", max_sequence_length=16)
-    assert (after[1] - before[1]).abs().max() > 1e-3 and torch.equal(after[0], before[0])
+    assert (after[1] - text[1]).abs().max() > 1e-3 and torch.equal(after[0], text[0])
 
 
 def test_the_file_says_rank_alpha_and_targets(launched: Path) -> None:
@@ -70,19 +63,16 @@ def test_the_file_says_rank_alpha_and_targets(launched: Path) -> None:
     assert set(metadata["transformer.target_modules"]) == set(script.TRANSFORMER_TARGETS)
 
 
-def test_the_result_has_the_precision_of_the_training_and_checkpoints_float32(launched: Path) -> None:
+def test_the_result_has_the_precision_of_the_training_and_the_one_checkpoint_kept_float32(launched: Path) -> None:
+    assert [path.name for path in launched.glob("checkpoint-*")] == ["checkpoint-12"]
     assert {tensor.dtype for tensor in read_file(launched / LORA)[0].values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in read_file(launched / "checkpoint-12" / LORA)[0].values()} == {torch.float32}
-
-
-def test_checkpoints_are_kept_up_to_their_limit(launched: Path) -> None:
-    assert [path.name for path in launched.glob("checkpoint-*")] == ["checkpoint-12"]
 
 
 def test_pictures_are_drawn_after_epochs_1_and_3_and_at_the_end(launched: Path) -> None:
     expected = {f"step_{step:06d}_{number}.png" for step in (3, 9) for number in (0, 1)}
     assert {path.name for path in (launched / "validation").iterdir()} == expected
-    for path in [*launched.glob("validation/*.png"), launched / "image_0.png", launched / "image_1.png"]:
+    for path in (launched / "image_0.png", launched / "image_1.png"):
         with Image.open(path) as image:
             assert image.size == (32, 32) and image.mode == "RGB" and len(set(image.getdata())) > 100
 
@@ -96,7 +86,6 @@ def test_the_tracker_has_curves_and_pictures(launched: Path) -> None:
         images |= set(events.Tags()["images"])
     assert len(curves["loss"]) == 12 and np.isfinite(curves["loss"]).all() and len(set(curves["loss"])) == 12
     assert np.allclose(curves["lr"], 1e-2) and min(curves["grad_norm"]) > 0 and min(curves["step_time"]) > 0
-    assert min(curves["peak_host_memory"]) > 0.1
     assert {tag.split("/")[0] for tag in images} == {"validation", "test"}
 
 
@@ -107,13 +96,5 @@ def test_lora_layers_chooses_what_is_trained(run: Run) -> None:
 
 
 def test_a_layer_that_does_not_exist_is_named(run: Run) -> None:
-    with pytest.raises(script.UsageError, match=r"--lora_layers is 'attn\.to_z'"):
-        run(script, "--lora_layers=attn.to_z")
-
-
-def test_the_base_checkpoint_is_not_touched(launched: Path, tiny_flux: Path, tmp_path: Path) -> None:
-    import random_flux
-
-    fresh = random_flux.write_checkpoint(tmp_path / "fresh")
-    for path in fresh.rglob("*.safetensors"):
-        assert path.read_bytes() == (tiny_flux / path.relative_to(fresh)).read_bytes()
+    with pytest.raises(script.UsageError, match=r"--lora_layers: no linear layer's name ends in attn\.to_z"):
+        run(script, "--lora_layers=attn.to_q,attn.to_z")

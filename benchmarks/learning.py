@@ -36,12 +36,10 @@ class Point(NamedTuple):
 
 def picture_latents(path: Path, vae: Any) -> torch.Tensor:
     """Packed latents (1, L, 4C) of a picture's centre."""
-    script = train_dreambooth_flux
-    with Image.open(path) as stored:
-        image = script.to_rgb(stored)
-    size = (SIDE, SIDE)
-    crop = script.draw_crop(image.size, size, argparse.Namespace(), None)
-    mean = script.encode_pixels(vae, script.to_pixels(script.crop_picture(image, crop, "lanczos"))[None]).mean
+    script, picture = train_dreambooth_flux, train_dreambooth_flux.Picture(path.name, lambda: Image.open(path), ("",))
+    args = argparse.Namespace(image_interpolation_mode="lanczos", mask_data_dir=None, alpha_mask=False)
+    pixels = script.load_picture(picture, (SIDE, SIDE), args)["pixels"]
+    mean = script.encode_pixels(vae, pixels[None])[:, 0]
     return script.pack_latents((mean - vae.config.shift_factor) * vae.config.scaling_factor)
 
 
@@ -74,7 +72,7 @@ def run_recorded(script: ModuleType, flags: list[str], target: torch.Tensor | No
         if target is not None:
             pipeline = FluxPipeline.from_pretrained(
                 run.args.pretrained_model_name_or_path,
-                transformer=script.unwrap(run.trained.transformer),
+                transformer=script.unwrap(run.transformer),
             )
             cosine = sampled_cosine(pipeline, target)
         points.append(Point(run.state.step, loss, cosine))

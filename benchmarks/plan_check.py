@@ -62,10 +62,10 @@ def measure(script: str, flags: list[str]) -> int:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = {}
-        for precision, dtype in (
-            ("no", torch.float32),
-            ("bf16", torch.bfloat16),
-        ):  # else the pages of a larger file count
+        for precision, dtype in {
+            "no": torch.float32,
+            "bf16": torch.bfloat16,
+        }.items():  # else a larger file's pages count
             random_flux.SIZES["medium"]["dtype"] = dtype
             checkpoints[precision] = random_flux.write_checkpoint(Path(folder) / precision, "medium")
         random_flux.write_pictures(Path(folder) / "pictures", scale=4)
@@ -76,7 +76,7 @@ def main() -> None:
             flags = [*files, *COMMON, f"--output_dir={folder}/out-{len(name)}", *flags]
             module = load_script(str(ROOT / script))
             plan = Plan(module, module.parse_args(flags), load_models(str(checkpoint))[0])
-            training = next(stage for stage in plan_stages(plan, {}) if stage.name == "training")
+            training = plan_stages(plan)["training"]
             measured = measure(script, flags)
             row = f"{training.total / GIB:12.2f}{measured / GIB:14.2f}{training.total / measured:7.2f}"
             print(f"{name:42s}{row}", flush=True)

@@ -53,21 +53,21 @@ GPU_TABLE = {  # the rows, smallest first: pixels, script, dynamo backend, flags
     ]
     for name, flags in {
         "quantized": {
-            "LoRA, nf4 base": ["--base_quantization=nf4"],
-            "LoRA, int8 base": ["--base_quantization=int8"],
-            "LoRA, bf16 base": ["--base_quantization=none"],
-            "LoRA, bf16 base, nothing recomputed": ["--gradient_checkpointing_blocks=0"],
+            "LoRA, nf4 base": ["--gradient_checkpointing", "--base_quantization=nf4"],
+            "LoRA, int8 base": ["--gradient_checkpointing", "--base_quantization=int8"],
+            "LoRA, bf16 base": ["--gradient_checkpointing"],
+            "LoRA, bf16 base, nothing recomputed": [],
         },
         "optimizers": {
-            "full, bf16 fused Adafactor": ["--optimizer=adafactor"],
-            "full, bf16 fused 8-bit AdamW": ["--use_8bit_adam"],
+            "full, bf16 fused Adafactor": ["--gradient_checkpointing", "--optimizer=adafactor"],
+            "full, bf16 fused 8-bit AdamW": ["--gradient_checkpointing", "--use_8bit_adam"],
         },
     }[kinds].items()
 }  # fmt: skip
 RESULT_GB = {"lora": 1, "full": 34}  # what a run leaves at FLUX.1 [dev]'s size, until it was read
 GPU_FLAGS = {  # of all rows of a script
-    "lora": ["--gradient_checkpointing", "--cache_latents", "--rank=16", "--lora_alpha=16"],
-    "full": ["--gradient_checkpointing", "--cache_latents", "--full_bf16", "--fused_backward_pass"],
+    "lora": ["--cache_latents", "--rank=16", "--lora_alpha=16"],
+    "full": ["--cache_latents", "--full_bf16", "--fused_backward_pass"],
 }
 COLUMNS = (
     "| run | px | precision | s a step | start-up, s | device, GiB | of all stages | host, GiB | TFLOP a step | MFU "
@@ -124,7 +124,7 @@ class Measured(NamedTuple):
 
     step: float  # seconds: the median after the warm-up
     start_up: float  # seconds from the launch to the end of the first step
-    host: float  # GiB, highest
+    host: float  # GiB, highest, of the process
     device: float | None = None  # GiB, highest in training, where the script logs it
     whole_run: float | None = None  # GiB on the device, highest of all stages
 
@@ -144,11 +144,9 @@ def read_run(folder: Path, log: str, started: float, usage: Any, warm_up: int) -
     events = read_events(folder)
     times = [event.wall_time for event in events["loss"]]
     steps = [later - earlier for earlier, later in pairwise(times)][warm_up:]
-    peaks = {name: max((event.value for event in events.get(f"peak_{name}_memory", [])), default=None)
-             for name in ("host", "device")}  # fmt: skip
-    stages = [float(peak) for peak in re.findall(r"peak device memory ([\d.]+) GiB", log)]
-    host = usage.ru_maxrss * 1024 / GIB if peaks["host"] is None else peaks["host"]
-    return Measured(median(steps), times[0] - started, host, peaks["device"], max(stages, default=None))
+    peaks = {name: float(peak) for name, peak in re.findall(r"INFO (.+): [\d.]+ s, ([\d.]+) GiB at most", log)}
+    host, whole_run = usage.ru_maxrss * 1024 / GIB, max(peaks.values(), default=None)
+    return Measured(median(steps), times[0] - started, host, peaks.get("Training"), whole_run)
 
 
 def run_once(command: list[str], output: Path, warm_up: int) -> Measured:
@@ -255,7 +253,7 @@ def planned_memory(args: Namespace, plan: Plan) -> float:
     flags = run_flags(*inputs, args.size, args.steps, plan.resolution)
     given = script.parse_args([*flags, f"--mixed_precision={plan.precision}", *plan.flags, *args.extra])
     models = random_flux.make_meta_models(args.size)
-    return memory_plan.training_bytes(memory_plan.plan_stages(memory_plan.Plan(script, given, models), {})) / GIB
+    return memory_plan.plan_stages(memory_plan.Plan(script, given, models))["training"].total / GIB
 
 
 def describe_machine() -> str:

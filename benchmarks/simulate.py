@@ -10,7 +10,7 @@ pictures have defaults here; the simulation's own flags (--model, --steps, --car
 Real are shapes, dtypes, devices, storages, autograd, and CUDA's rules of autocast: tensors are torch's fake ones, on a
 CUDA device that a small library makes the CPU build of torch believe in. Not real are kernels, what these need beside
 their results, and numbers: a number that is read is 1 or 0. Seconds are a roofline with assumed efficiencies, so only
-their ratios count, and copies of another stream (swapped blocks) are not in them. Needs g++ and torch 2.13's CPU build.
+their ratios count; copies of swapped blocks are in them, one after the other. Needs g++ and torch 2.13's CPU build.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import weakref
 from argparse import Namespace
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,16 +39,16 @@ import bitsandbytes.optim.optimizer
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 import random_flux
-from tools.memory_plan import load_script, rms_norm
+from tools.memory_plan import load_script, make_fake, rms_norm
 
 GIB = 1024**3
 PAGE = 2 * 2**20  # by which a segment of the allocator grows
@@ -66,15 +66,16 @@ class Card:
     half: float
     full: float
     bandwidth: float
+    bus: float  # bytes a second from the host and to it: PCIe with 16 lanes
     memory: float  # GiB
     capability: tuple[int, int]
 
 
 CARDS = {
-    "h100": Card("NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 79.1, (9, 0)),
-    "4090": Card("NVIDIA GeForce RTX 4090", 165e12, 82e12, 1.008e12, 23.5, (8, 9)),
+    "h100": Card("NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 64e9, 79.1, (9, 0)),
+    "4090": Card("NVIDIA GeForce RTX 4090", 165e12, 82e12, 1.008e12, 32e9, 23.5, (8, 9)),
 }
-EFFICIENCY = {"product": 0.65, "attention": 0.5, "memory": 0.8}  # of these peaks: assumed
+EFFICIENCY = {"product": 0.65, "attention": 0.5, "memory": 0.8, "bus": 0.8}  # of these peaks: assumed
 SHORTEST = 2e-6  # seconds of a kernel: assumed
 
 LIBRARY = r"""
@@ -138,7 +139,7 @@ def install_library() -> None:
 
 
 class Segment:
-    """The addresses of one stream as CUDA's allocator with expandable segments hands them out: best fit, else grow."""
+    """The addresses of a stream as CUDA's allocator with expandable segments hands them out: best fit, else grow."""
 
     def __init__(self) -> None:
         self.free: dict[int, int] = {}  # offset: size
@@ -225,13 +226,14 @@ class Device(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts, self.segments = Counts(), defaultdict[tuple[int, bool], Segment](Segment)
-        self.now = self.peak = self.operations = self.passed = self.pinned_bytes = 0
-        self.alive: dict[int, tuple[int, tuple[int, bool], int]] = {}  # storage: bytes, segment, offset
-        self.read_by_streams: set[int] = set()
-        self.waiting: list[tuple[int, int, tuple[int, bool], int]] = []  # freed by name, still read by a stream
+        self.counts, self.segments = (
+            Counts(),
+            {True: Segment(), False: Segment()},
+        )  # those of small blocks and of others
+        self.now = self.peak = self.pinned_now = self.pinned_peak = 0
+        self.alive: set[int] = set()  # storages
         self.pinned: set[int] = set()
-        self.streams, self.busy = [0], False  # the current one last; whether anything was started since the last wait
+        self.busy = False  # whether anything was started since the last wait
 
     @property
     def reserved(self) -> int:
@@ -242,41 +244,25 @@ class Device(TorchDispatchMode):
         if tensor.device.type != "cuda" or storage._cdata in self.alive or not storage.nbytes():
             return
         size = -(-storage.nbytes() // 512) * 512
-        segment = (self.streams[-1], size <= 2**20)
-        self.alive[storage._cdata] = size, segment, self.segments[segment].take(size)
+        segment = self.segments[size <= 2**20]
+        self.alive.add(storage._cdata)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.remove, storage._cdata)
+        weakref.finalize(storage, self.remove, storage._cdata, size, segment, segment.take(size))
 
-    def remove(self, number: int) -> None:
-        block = self.alive.pop(number)
-        if number in self.read_by_streams:
-            self.read_by_streams.discard(number)
-            self.waiting.append((self.operations, *block))
-        else:
-            self.release(*block)
-
-    def release(self, size: int, segment: tuple[int, bool], offset: int) -> None:
+    def remove(self, number: int, size: int, segment: Segment, offset: int) -> None:
+        self.alive.discard(number)
         self.now -= size
-        self.segments[segment].give(offset, size)
-
-    def pass_by(self, operation: int) -> None:
-        """The host knows that the device has done what came before `operation`."""
-        self.passed = max(self.passed, operation)
-        for block in [block for block in self.waiting if block[0] <= self.passed]:
-            self.waiting.remove(block)
-            self.release(*block[1:])
+        segment.give(offset, size)
 
     def wait(self, reason: str) -> None:
         """The host waits until the device has nothing left to do; not counted where that is so already."""
         if self.busy:
             self.counts.waits[f"{reason} at {where()}"] += 1
         self.busy = False
-        self.pass_by(self.operations)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
-        self.operations += 1
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         used = any(leaf.device.type == "cuda" for leaf in inputs)
         if name in READS and used:
@@ -289,8 +275,6 @@ class Device(TorchDispatchMode):
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in results:
             self.add(tensor)
-            if kwargs.get("pin_memory"):
-                self.pin(tensor)
         if name in ("_to_copy", "copy_"):
             source, target = (inputs[0], results[0]) if name == "_to_copy" else (inputs[1], inputs[0])
             asked = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
@@ -304,9 +288,16 @@ class Device(TorchDispatchMode):
         return result
 
     def pin(self, tensor: Tensor) -> Tensor:
-        self.pinned.add(tensor.untyped_storage()._cdata)
-        self.pinned_bytes += tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        self.pinned.add(storage._cdata)
+        self.pinned_now += storage.nbytes()
+        self.pinned_peak = max(self.pinned_peak, self.pinned_now)
+        weakref.finalize(storage, self.unpin, storage._cdata, storage.nbytes())
         return tensor
+
+    def unpin(self, number: int, size: int) -> None:
+        self.pinned.discard(number)
+        self.pinned_now -= size
 
     def count(
         self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], results: list[Tensor], result: Any
@@ -320,6 +311,7 @@ class Device(TorchDispatchMode):
         operations = formula(*args, **kwargs, out_val=result) if formula else 0
         dtypes = [leaf.dtype for leaf in inputs if leaf.is_floating_point()]
         kind = "attention" if "scaled_dot" in name else "product" if operations else "memory"
+        crosses = any(leaf.dim() and leaf.device.type == "cpu" for leaf in [*inputs, *results])
         full = bool(operations) and torch.float32 in dtypes and "scaled_dot" not in name
         if full:
             shapes = " x ".join(str(tuple(leaf.shape)) for leaf in inputs)
@@ -327,59 +319,18 @@ class Device(TorchDispatchMode):
         for key, card in CARDS.items():
             products = operations / ((card.full if full else card.half) * EFFICIENCY.get(kind, 1.0))
             memory = data / (card.bandwidth * EFFICIENCY["memory"])
-            if self.streams[-1] == 0:
-                self.counts.seconds[key] += max(products, memory, SHORTEST)
-                self.counts.seconds[f"{key}, memory"] += memory if kind == "memory" else 0.0
+            if crosses:  # `data` are both sides
+                memory = data / 2 / (card.bus * EFFICIENCY["bus"])
+            self.counts.seconds[key] += max(products, memory, SHORTEST)
+            self.counts.seconds[f"{key}, memory"] += memory if kind == "memory" else 0.0
         self.busy = True
         self.counts.kernels += 1
         self.counts.operations["float32" if full else "half"] += operations
         whole = any(leaf.dtype in WHOLE for leaf in [*inputs, *results])
-        self.counts.bytes["float32" if whole else "half"] += data
+        self.counts.bytes["bus" if crosses else "float32" if whole else "half"] += data // (2 if crosses else 1)
 
 
 DEVICE = Device()
-
-
-class Event:
-    """A place in the order of operations."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.operation = DEVICE.operations
-
-    def record(self, *_: Any) -> None:
-        self.operation = DEVICE.operations
-
-    def synchronize(self) -> None:
-        DEVICE.pass_by(self.operation)
-
-    def wait(self, *_: Any) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-
-class Stream:
-    """A stream by its number; the current one is 0."""
-
-    def __init__(self, *_: Any, number: int = 1, **__: Any) -> None:
-        self.number = number
-
-    def record_event(self, *_: Any) -> Event:
-        return Event()
-
-    def wait_event(self, *_: Any) -> None: ...
-
-    def wait_stream(self, *_: Any) -> None: ...
-
-    def synchronize(self) -> None:
-        DEVICE.wait("stream.synchronize")
-
-
-@contextlib.contextmanager
-def use_stream(stream: Stream | None) -> Iterator[None]:
-    DEVICE.streams.append(DEVICE.streams[-1] if stream is None else stream.number)
-    yield
-    DEVICE.streams.pop()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, dropout: float = 0.0, causal: bool = False,
@@ -443,7 +394,6 @@ def pretend(card: Card) -> None:
         DEVICE.peak = DEVICE.now
 
     def empty_cache() -> None:
-        DEVICE.pass_by(DEVICE.operations)
         for segment in DEVICE.segments.values():
             segment.trim()
 
@@ -451,13 +401,11 @@ def pretend(card: Card) -> None:
         "is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True, "init": None,
         "_lazy_init": None, "set_device": None, "get_device_properties": properties, "get_device_name": card.name,
         "get_device_capability": card.capability, "is_bf16_supported": True, "manual_seed": None,
-        "manual_seed_all": None, "default_stream": Stream(number=0), "device": contextlib.nullcontext(),
+        "manual_seed_all": None, "device": contextlib.nullcontext(),
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    torch.cuda.Stream, torch.cuda.Event, torch.cuda.stream = Stream, Event, use_stream  # type: ignore
-    torch.cuda.current_stream = lambda *_: Stream(number=DEVICE.streams[-1])  # type: ignore
-    torch.cuda.memory_stats = lambda *_: {"active_bytes.all.peak": DEVICE.peak}  # type: ignore
+    torch.cuda.max_memory_allocated = lambda *_: DEVICE.peak
     torch.cuda.mem_get_info = lambda *_: (int(card.memory * GIB) - DEVICE.now, int(card.memory * GIB))  # type: ignore
     torch.cuda.reset_peak_memory_stats = reset_peak
     torch.cuda.synchronize = lambda *_: DEVICE.wait("synchronize")
@@ -474,7 +422,6 @@ def pretend(card: Card) -> None:
     FakeTensor.data = property(data.__get__, set_data)  # type: ignore
     Tensor.pin_memory = lambda self, *_: DEVICE.pin(self.clone())  # type: ignore
     Tensor.is_pinned = lambda self, *_: self.untyped_storage()._cdata in DEVICE.pinned  # type: ignore
-    Tensor.record_stream = lambda self, _: DEVICE.read_by_streams.add(self.untyped_storage()._cdata)  # type: ignore
     Tensor.numpy, FakeTensor.tolist = fake_array, fake_numbers  # type: ignore
     nn.Module._apply = apply_to_module  # type: ignore
     nn.functional.rms_norm = rms_norm
@@ -483,31 +430,20 @@ def pretend(card: Card) -> None:
     torch.autograd.set_multithreading_enabled(False)
 
 
-def fake_model(size: str, component: str, dtype: torch.dtype, device: Any) -> nn.Module:
-    """A model in fake tensors on `device`."""
-    with unset_fake_temporarily():
-        model: nn.Module = random_flux.make_meta_models(size)[component]
-    made: dict[int, nn.Parameter] = {}  # T5's embedding has two names
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None and id(value) not in made:
-                fake = nn.Parameter(torch.empty(value.shape, dtype=dtype, device=device))
-                made[id(value)] = made[id(fake)] = fake
-            module._parameters[name] = None if value is None else made[id(value)]
-        for name, buffer in module._buffers.items():
-            kind = dtype if buffer is not None and buffer.is_floating_point() else None
-            own = {"dtype": kind or getattr(buffer, "dtype", None), "device": device}
-            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, **own)
-    return model.eval()
-
-
 def loader(size: str, folder: Path) -> Callable[..., Any]:
     """In place of a script's `from_base`: models without weights, all else from `folder`."""
 
     def load(kind: Any, args: Namespace, subfolder: str = "", **options: Any) -> Any:
+        if kind is FluxPipeline:  # of the text encoders alone
+            parts = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel,
+                     "tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}  # fmt: skip
+            loaded = {name: load(part, args, name, **options) for name, part in parts.items()}
+            return FluxPipeline(scheduler=None, vae=None, transformer=None, **loaded)
         if kind in COMPONENTS:
             device = (options.get("device_map") or {"": "cpu"})[""]
-            return fake_model(size, COMPONENTS[kind], options.get("dtype", torch.float32), device)
+            with unset_fake_temporarily():
+                model = random_flux.make_meta_models(size)[COMPONENTS[kind]]
+            return make_fake(model, options.get("dtype", torch.float32), device)
         with unset_fake_temporarily():
             return kind.from_pretrained(folder, subfolder=subfolder)
 
@@ -540,17 +476,16 @@ def simulate(script: ModuleType, flags: list[str], size: str = "dev", steps: int
         GiB of page-locked host memory.
     """
     stages, taken = dict[str, Stage](), list[Counts]()
-    DEVICE.pinned_bytes = 0
+    DEVICE.pinned_peak = DEVICE.pinned_now
     whole_stage, log_step, cut_epoch = script.stage, script.log_step, script.MicroBatches.cut_epoch
 
     @contextlib.contextmanager
-    def stage(args: Namespace, accelerator: Any, name: str) -> Iterator[None]:
+    def stage(accelerator: Any, name: str) -> Iterator[None]:
         DEVICE.counts = Counts()
-        with whole_stage(args, accelerator, name):
+        with whole_stage(accelerator, name):
             yield
             most = DEVICE.reserved
             peak = DEVICE.peak
-        DEVICE.pass_by(DEVICE.operations)
         waits = sum(DEVICE.counts.waits.values())
         stages[name] = Stage(peak / GIB, most / GIB, DEVICE.now / GIB, waits)
 
@@ -560,9 +495,9 @@ def simulate(script: ModuleType, flags: list[str], size: str = "dev", steps: int
         DEVICE.counts = Counts()
         return logged
 
-    def outside(function: Callable, *args: Any) -> Any:  # with numbers that are real
+    def cut(self: Any, epoch: int) -> Any:  # by numbers that are real
         with _disable_current_modes():
-            return function(*args)
+            return cut_epoch(self, epoch)
 
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
@@ -576,23 +511,19 @@ def simulate(script: ModuleType, flags: list[str], size: str = "dev", steps: int
         args.skip_final_inference = True  # what was saved is not written
         changes = {
             "stage": stage, "log_step": log, "from_base": loader(size, folder), "check_model": lambda _: None,
-            "check_parts": lambda *_: None,
-            "save_results": lambda _, accelerator, trained, dtype: [
-                script.whole_weights(accelerator, model, dtype) for model in trained.models
-            ],
+            "save_result": lambda _: None, "write_model_card": lambda *_: None,
         }  # fmt: skip
         before = {key: getattr(script, key) for key in changes}
         for key, value in changes.items():
             setattr(script, key, value)
-        script.MicroBatches.cut_epoch = lambda self, epoch: outside(cut_epoch, self, epoch)
+        script.MicroBatches.cut_epoch = cut
         stack.callback(vars(script).update, before)
         stack.callback(setattr, script.MicroBatches, "cut_epoch", cut_epoch)
         AcceleratorState._reset_state(reset_partial_state=True)
         with FakeTensorMode(allow_non_fake_inputs=True), DEVICE:
             script.main(args)
     gc.collect()
-    DEVICE.pass_by(DEVICE.operations)
-    return {"stages": stages, "left": DEVICE.now / GIB, "step": taken[-1], "pinned": DEVICE.pinned_bytes / GIB}
+    return {"stages": stages, "left": DEVICE.now / GIB, "step": taken[-1], "pinned": DEVICE.pinned_peak / GIB}
 
 
 def report(found: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """A process that has imported everything and forks one for each run of a script: no start takes the seconds of imports.
 
-A run is the script's own `__main__` block. With a fault it kills itself, as by a power cut, at a call that changes
-files, or after some time. `Forker` is the other end, in the tests.
+A run is the script's own `__main__` block, and the process ends as the script's would. With a fault it kills itself, as
+by a power cut, at a call that changes files, or after some time. `Forker` is the other end, in the tests.
 """
 
 import ast
@@ -16,29 +16,26 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.processes import PATIENCE, default_signals
+from tests.processes import PATIENCE, ROOT, default_signals
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_dreambooth_flux", "train_dreambooth_lora_flux")
 
 
 class Forker:
-    """Starts runs in processes of their own, and says how they ended."""
+    """Starts runs in processes of their own, each the leader of a session, and says how they ended."""
 
     def __init__(self, folder: Path) -> None:
         self.pids = set[int]()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
         command = [sys.executable, str(Path(__file__))]
         self.folder, self.runs = folder, 0
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder
-        )
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=folder)
 
     def ask(self, **question: Any) -> Any:
         assert self.process.stdin and self.process.stdout
@@ -47,13 +44,17 @@ class Forker:
         return json.loads(self.process.stdout.readline())
 
     def start(
-        self, script: str, argv: list[str], fault: dict[str, Any] | None = None, ignored: tuple[int, ...] = ()
-    ) -> tuple[int, Path]:
-        """Start a run that ignores some signals; returns the number of its process, and the file of what it prints."""
+        self, script: str, argv: list[str], fault: dict[str, Any] | None = None, ignored: tuple[int, ...] = (),
+        output: str | None = None,
+    ) -> tuple[int, Path]:  # fmt: skip
+        """Start a run that ignores some signals; returns the number of its process, and the file of what it prints.
+
+        With `output`, a terminal or a pipe, it prints there.
+        """
         self.runs += 1
         log = self.folder / f"run-{self.runs}.txt"
         log.touch()
-        pid: int = self.ask(start=script, argv=argv, log=str(log), fault=fault, ignored=ignored)
+        pid: int = self.ask(start=script, argv=argv, output=output or str(log), fault=fault, ignored=ignored)
         self.pids.add(pid)
         return pid, log
 
@@ -75,16 +76,14 @@ class Forker:
             if self.poll(pid) is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
-        if self.process.stdin:
-            self.process.stdin.close()
-        self.process.wait(PATIENCE)
+        self.process.communicate(timeout=PATIENCE)
 
 
 class Faults:
-    """Counts the calls that change files, and ends this process at one of them: before, after, or halfway."""
+    """Counts the calls that change files in `output`, and ends this process at one: before, after, or halfway."""
 
-    def __init__(self, fault: dict[str, Any]) -> None:
-        self.fault, self.calls, self.depth = fault, [], 0
+    def __init__(self, fault: dict[str, Any], output: str) -> None:
+        self.fault, self.output, self.calls = fault, output, list[tuple[str, str]]()
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -94,21 +93,19 @@ class Faults:
 
         @functools.wraps(original)
         def call(*given: Any, **more: Any) -> Any:
-            if threading.current_thread() is not threading.main_thread():
-                return original(*given, **more)
             text = " ".join(str(value) for value in given if isinstance(value, str | os.PathLike))
-            self.calls.append([name, text])
+            if self.output not in text or threading.current_thread() is not threading.main_thread():
+                return original(*given, **more)
+            self.calls.append((name, text))
             wanted = self.fault.get("call") == len(self.calls) or (
                 self.fault.get("name") == name and self.fault.get("in", "") in text
             )
-            how = self.fault.get("how", "before")
-            if wanted and how == "before":
-                self.die()
-            if wanted and how == "halfway" and halfway is not None:
+            how = self.fault.get("how", "before") if wanted else ""
+            if how == "halfway" and halfway is not None:
                 halfway(original, *given, **more)
-                self.die()
-            result = original(*given, **more)
-            if wanted:
+            elif how != "before":
+                result = original(*given, **more)
+            if how:
                 self.die()
             return result
 
@@ -121,7 +118,7 @@ class Faults:
 
         def half_a_file(original: Callable[..., Any], *given: Any, **more: Any) -> None:
             original(*given, **more)
-            for value in (*given, *more.values()):
+            for value in given:
                 if isinstance(value, str | os.PathLike) and Path(value).is_file():
                     os.truncate(value, Path(value).stat().st_size // 2)
 
@@ -129,17 +126,13 @@ class Faults:
             original(path, text[: len(text) // 2], *given, **more)
 
         def half_a_tree(original: Callable[..., Any], path: str | Path, *given: Any, **more: Any) -> None:
-            files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-            for file in files[::2]:
+            for file in sorted(file for file in Path(path).rglob("*") if file.is_file())[::2]:
                 file.unlink()
 
-        for name in ("rename", "replace", "fsync"):  # pathlib calls these
+        for name in ("rename", "replace", "rmdir"):  # pathlib calls these
             self.watch(os, name)
         self.watch(shutil, "rmtree", half_a_tree)
         self.watch(Path, "write_text", half_a_text)
-        self.watch(Path, "mkdir")
-        self.watch(Path, "rmdir")
-        self.watch(Path, "unlink")
         self.watch(safetensors.torch, "save_file", half_a_file)
         self.watch(torch, "save", half_a_file)
         self.watch(Accelerator, "save_state")
@@ -157,30 +150,26 @@ def main_block(script: ModuleType) -> Any:
     return compile(ast.Module(block.body, []), str(path), "exec")
 
 
-def run(script: ModuleType, argv: list[str], log: str, fault: dict[str, Any] | None, ignored: tuple[int, ...]) -> int:
-    """In the new process: print to `log`, and run the script until it ends or is ended."""
+def run(
+    script: ModuleType, argv: list[str], output: str, fault: dict[str, Any] | None, ignored: tuple[int, ...]
+) -> None:
+    """In the new process: print to `output`, and run the script until it ends or is ended."""
     os.setsid()
     default_signals(ignored)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    is_terminal = Path(output).is_char_device()  # opened for both ways, it becomes the one of this session
+    file = os.open(output, os.O_RDWR if is_terminal else os.O_WRONLY)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (file, 1), (file, 2)):
         os.dup2(source, target)
     sys.argv = [str(script.__file__), *argv]
-    faults = Faults(fault or {})
+    faults = Faults(fault or {}, script.parse_args(argv).output_dir)
     if fault is not None:
         faults.install()
-    code: Any = 0
-    try:
-        exec(main_block(script), script.__dict__)
-    except SystemExit as exit_info:
-        code = exit_info.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 70
+    start = time.monotonic()
+    exec(main_block(script), script.__dict__)
     if fault and "count" in fault:
-        Path(fault["count"]).write_text(json.dumps(faults.calls))
-    sys.stderr.flush()
-    return int(code)
+        counted = {"calls": faults.calls, "seconds": time.monotonic() - start}
+        Path(fault["count"]).write_text(json.dumps(counted))
 
 
 def serve() -> None:
@@ -195,8 +184,7 @@ def serve() -> None:
         if "start" in question:
             pid = os.fork()
             if pid == 0:
-                script = scripts[question.pop("start")]
-                os._exit(run(script, **question))
+                return run(scripts[question.pop("start")], **question)
             answer: int | None = pid
         else:
             pid = question["poll"]

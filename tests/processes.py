@@ -23,14 +23,12 @@ def default_signals(ignored: tuple[int, ...] = ()) -> None:
         signal.signal(number, signal.SIG_IGN if number in ignored else default)
 
 
-def launch_jobs(jobs: dict[Path, dict[str, Any]], home: Path, **environment: str) -> None:
+def launch_jobs(jobs: dict[Path, dict[str, Any]], home: Path) -> None:
     """Run record_run.py's jobs, one after the other, on two processes: starting takes longer than training.
 
     Args:
-        jobs: folder, which is made -> "script": its name, "flags": its flags, in which {rank} is the process's; if it
-            shall run as `accelerate launch` would start it by a file, "config"; and "environment", to add to it.
+        jobs: folder, which is made -> "script", "flags", and perhaps "config", a file of `accelerate launch`.
         home: an empty folder for what the launch needs.
-        environment: what to add for all jobs.
     """
     for folder in jobs:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +36,6 @@ def launch_jobs(jobs: dict[Path, dict[str, Any]], home: Path, **environment: str
     file.write_text(json.dumps({str(folder): job for folder, job in jobs.items()}))
     command = [sys.executable, str(ROOT / "tests" / "record_run.py"), str(file)]
     added = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(home)}
-    added |= environment
     done = subprocess.run(command, env=os.environ | added, cwd=home, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -4,7 +4,6 @@ python tests/record_run.py JOBS.json
 
 JOBS.json maps folders to jobs, as `processes.launch_jobs` says. Each process writes <folder>/<rank>.json.
 Both are forked from one that has imported everything, in the environment that `accelerate launch` would give them.
-With SHARD_ON_CPU in the environment, FSDP2 and DeepSpeed run although there is no GPU.
 """
 
 import gc
@@ -31,52 +30,58 @@ from accelerate.utils import DistributedType
 def record_run(script: ModuleType, argv: list[str]) -> dict[str, Any]:
     """Run a script's main with a fresh accelerate, and return what it did.
 
+    The loss of each micro-batch of an odd position in the second process comes with another number, "odd", twice it.
+
     Returns:
-        "rank" and "processes"; "micro_batches": of each its keys, sigmas, and a number that tells noise and latents
-        from others; "logged": the values of each step; "weights": the sum of each trained weight at the end.
+        "processes"; "micro_batches": of each its keys, sigmas, loss, and sums of noise and latents; "logged": the
+        values of each step; "weights": the sum of each at the end; "encoded", "cached", "drawn": how many prompts,
+        pixels and pictures went through the models.
     """
-    record: dict[str, Any] = {"micro_batches": [], "logged": []}
-    reads: list[bool] = []
-    collate, training_loss, save_results = script.collate, script.training_loss, script.save_results
-    load_base = script.load_base
+    record: dict[str, Any] = {"micro_batches": [], "logged": [], "encoded": 0, "cached": 0, "drawn": 0}
+    collate, training_loss, save_result = script.collate, script.training_loss, script.save_result
 
-    def record_keys(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def record_keys(examples: list[dict[str, Any]]) -> Any:
         record["micro_batches"].append({"keys": [example["key"]._asdict() for example in examples]})
-        batch: dict[str, Any] = collate(examples)
-        return batch
+        return collate(examples)
 
-    def record_inputs(transformer: Any, inputs: Any) -> Any:
+    def record_loss(transformer: Any, inputs: Any) -> dict[str, torch.Tensor]:
+        losses: dict[str, torch.Tensor] = training_loss(transformer, inputs)
         if torch.is_grad_enabled():  # else it is the validation's
+            micro_batch = record["micro_batches"][-1]
             numbers = {name: getattr(inputs, name).flatten(1).sum(1).tolist() for name in ("noise", "latents")}
-            record["micro_batches"][-1].update(numbers, sigmas=inputs.sigmas.tolist())
-        return training_loss(transformer, inputs)
+            micro_batch.update(numbers, sigmas=inputs.sigmas.tolist(), loss=losses["loss"].item())
+            if PartialState().process_index == 1 and micro_batch["keys"][0]["position"] % 2:
+                losses["odd"] = 2 * losses["loss"]
+        return losses
 
-    def record_read(*args: Any, **options: Any) -> Any:
-        reads.append(True)
-        return load_base(*args, **options)
+    def count(patch: pytest.MonkeyPatch, name: str, place: int, counted: str) -> None:
+        function = getattr(script, name)
 
-    def record_result(args: Any, accelerator: Any, trained: Any, dtype: Any) -> None:
-        record["reads"] = reads.count(True)
-        record["rank"], record["processes"] = accelerator.process_index, accelerator.num_processes
-        record["weights"] = [float(parameter.detach().double().sum()) for parameter in trained.parameters]
-        save_results(args, accelerator, trained, dtype)
+        def call(*args: Any, **options: Any) -> Any:
+            record[counted] += len(args[place])
+            return function(*args, **options)
+
+        patch.setattr(script, name, call)
+
+    def record_result(run: Any) -> None:
+        record["processes"] = run.accelerator.num_processes
+        record["weights"] = [float(parameter.detach().double().sum()) for parameter in run.parameters]
+        save_result(run)
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    if "SHARD_ON_CPU" in os.environ:  # accelerate passes FSDP2 and DeepSpeed over where it sees no GPU
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate passes it over where it sees no GPU
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # which compiles for a minute what no training calls
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "VALIDATION_SIGMAS", 2)  # in place of 8: ZeRO-3's forwards take a third of a second
+        patch.setattr(script, "VALIDATION_SIGMAS", 2)  # in place of 8
         patch.setattr(script, "collate", record_keys)
-        patch.setattr(script, "training_loss", record_inputs)
-        patch.setattr(script, "save_results", record_result)
-        patch.setattr(script, "load_base", record_read)
+        patch.setattr(script, "training_loss", record_loss)
+        patch.setattr(script, "save_result", record_result)
         patch.setattr(Accelerator, "log", lambda self, values, *_, **__: record["logged"].append(values))
+        count(patch, "encode_prompts", 2, "encoded")
+        count(patch, "encode_pixels", 1, "cached")
+        count(patch, "draw_pictures", 3, "drawn")
         script.main(script.parse_args(argv))
     return record
 
@@ -87,41 +92,26 @@ def launched_environment(config: str) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed.run, "run", lambda _: found.update(os.environ))
         launch_command(launch_command_parser().parse_args([f"--config_file={config}", "script.py"]))
-    assert found
     return found
 
 
-def run_job(folder: Path, job: dict[str, Any]) -> None:
-    """Run a job of `processes.launch_jobs` in its own environment, and write what this process recorded."""
-    before, script = dict(os.environ), importlib.import_module(job["script"])
-    environment = launched_environment(job["config"]) if job.get("config") else {}
-    own = {name: before[name] for name in rank_environment(0, 0)}
-    os.environ.update(environment | own | job.get("environment", {}))
-    if "SHARD_ON_CPU" in os.environ and "ACCELERATE_USE_DEEPSPEED" in os.environ:
-        os.environ.pop("ACCELERATE_USE_CPU")
-    gc.collect()
-    gc.freeze()  # as the scripts do when they are started: each of their collections would take 0.3 s
-    record = record_run(script, [flag.replace("{rank}", own["RANK"]) for flag in job["flags"]])
-    (folder / f"{record['rank']}.json").write_text(json.dumps(record))
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def rank_environment(rank: int, port: int) -> dict[str, str]:
-    """What a launcher adds to the environment of one of two processes."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    return {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
-
-
 def run_jobs(jobs: dict[str, dict[str, Any]], rank: int, port: int) -> None:
-    """Run all jobs as one of the two processes; does not return."""
-    code = 1
+    """Run all jobs as one of the two processes, and write what it recorded; does not return."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    own = {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    own |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
+    before, code = dict(os.environ), 1
     try:
-        os.environ.update(rank_environment(rank, port), ACCELERATE_MIXED_PRECISION="no", ACCELERATE_DYNAMO_BACKEND="no")
         # All jobs share one process group: the next one's processes would meet while the last one's are still leaving.
         PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
-        for name, job in jobs.items():
-            run_job(Path(name), job)
+        for folder, job in jobs.items():
+            os.environ.clear()
+            launched = launched_environment(job["config"]) if "config" in job else {}
+            os.environ.update(before | own | launched | {name: own[name] for name in numbers})
+            gc.collect()
+            gc.freeze()  # as the scripts do when they are started: each of their collections would take 0.3 s
+            record = record_run(importlib.import_module(job["script"]), job["flags"])
+            Path(folder, f"{rank}.json").write_text(json.dumps(record))
         code = 0
     except BaseException:
         traceback.print_exc()

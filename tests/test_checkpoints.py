@@ -1,11 +1,22 @@
-"""Checkpoints: which are written and kept, and which is resumed."""
+"""Checkpoints: which are written and kept, which is whole and resumed, and that Windows can do it too."""
 
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from conftest import Run, one_script
+from conftest import SCRIPTS, Run, both_scripts, one_script
 
 pytestmark = one_script
 
@@ -13,54 +24,163 @@ WEIGHTS = {
     "train_dreambooth_flux": "transformer/diffusion_pytorch_model.safetensors",
     "train_dreambooth_lora_flux": "pytorch_lora_weights.safetensors",
 }
+EVERY, LATEST = "--checkpointing_steps=1", "--resume_from_checkpoint=latest"
 
 
-def test_a_checkpoint_is_found_as_latest_by_name_and_by_path(script: ModuleType, run: Run, tmp_path: Path) -> None:
-    output = run(script, "--max_train_steps=4", "--checkpointing_steps=2")
-    base = ["--pretrained_model_name_or_path=x", "--instance_prompt=x", "--instance_data_dir=x"]
-    for given, step in (("latest", 4), ("checkpoint-2", 2), (str(output / "checkpoint-2"), 2)):
-        args = script.parse_args([*base, f"--output_dir={output}", f"--resume_from_checkpoint={given}"])
-        found, facts = script.find_checkpoint(args)
-        assert found == output / f"checkpoint-{step}" and facts["state"]["step"] == step
+def find(script: ModuleType, output: Path, wanted: str = "latest") -> Path | None:
+    flags = ["--pretrained_model_name_or_path=x", "--instance_prompt=a dog", "--instance_data_dir=y"]
+    args = script.parse_args([*flags, f"--output_dir={output}", f"--resume_from_checkpoint={wanted}"])
+    return script.find_checkpoint(args)
 
 
-def test_a_checkpoint_that_does_not_exist_is_an_error_that_lists_those_that_do(script: ModuleType, run: Run) -> None:
-    run(script, "--checkpointing_steps=1")
-    with pytest.raises(script.UsageError, match=r"'checkpoint-9'.* has checkpoint-1, checkpoint-2"):
-        run(script, "--resume_from_checkpoint=checkpoint-9")
+def names(folder: Path, pattern: str = "*") -> set[str]:
+    return {path.name for path in folder.glob(pattern)}
 
 
-def test_the_limit_keeps_the_newest_and_what_is_not_ours(script: ModuleType, run: Run, tmp_path: Path) -> None:
-    notes = tmp_path / "out" / "checkpoint-notes"
-    notes.mkdir(parents=True)
-    (notes / "notes.txt").write_text("mine")
-    output = run(script, "--max_train_steps=4", "--checkpointing_steps=1", "--checkpoints_total_limit=2")
-    assert sorted(path.name for path in output.glob("checkpoint-*")) == [
-        "checkpoint-3",
-        "checkpoint-4",
-        "checkpoint-notes",
-    ]
-    assert (notes / "notes.txt").read_text() == "mine"
+def assert_same_weights(script: ModuleType, output: Path, expected_output: Path) -> None:
+    got, expected = (load_file(folder / WEIGHTS[script.__name__]) for folder in (output, expected_output))
+    assert got.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
 
 
-def test_a_half_written_checkpoint_is_not_the_latest(
-    script: ModuleType, run: Run, base_flags: list[str], caplog: pytest.LogCaptureFixture
+def load_anew(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as an interpreter that has just started has it."""
+    spec = importlib.util.spec_from_file_location(f"{script.__name__}_anew", str(script.__file__))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-2", "{}/out/checkpoint-2", "moved/from/checkpoint-2"])
+def test_a_checkpoint_is_found_as_latest_by_name_and_by_path(
+    script: ModuleType, run: Run, tmp_path: Path, wanted: str
 ) -> None:
-    output = run(script, "--checkpointing_steps=1")
-    (output / "checkpoint-2" / script.STATE_FILE).unlink()
-    assert script.find_checkpoint(script.parse_args([*base_flags, "--resume_from_checkpoint=latest"]))[0] == (
-        output / "checkpoint-1"
-    )
-    assert "checkpoint-2 is not whole" in caplog.text
+    output = run(script, "--max_train_steps=3" if wanted != "latest" else "--max_train_steps=2", EVERY)
+    assert find(script, output, wanted.format(tmp_path)) == output / "checkpoint-2"
+
+
+def test_the_limit_keeps_the_newest_and_what_only_has_a_similar_name(script: ModuleType, run: Run) -> None:
+    output = run(script, EVERY)
+    others = {"checkpoint-1-good", "checkpoint-notes", "checkpoint-002", "my-checkpoint-1"}
+    for other in others:
+        shutil.copytree(output / "checkpoint-1", output / other)
+    run(script, "--max_train_steps=5", EVERY, "--checkpoints_total_limit=2", LATEST)
+    assert names(output, "*checkpoint-*") == {"checkpoint-4", "checkpoint-5", *others}
+    run(script, EVERY)
+    assert names(output, "*checkpoint-*") == {"checkpoint-1", "checkpoint-2", *others}
+
+
+@both_scripts
+def test_a_checkpoint_says_its_state_and_every_file_that_it_has(script: ModuleType, run: Run) -> None:
+    checkpoint = run(script, EVERY, "--hub_token=hf_secret", "--repeats=3") / "checkpoint-2"
+    text = (checkpoint / script.STATE_FILE).read_text()
+    content = json.loads(text)
+    others = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in checkpoint.rglob("*.*")}
+    del others[script.STATE_FILE]
+    assert content["files"] == others
+    assert {"optimizer.bin", "random_states_0.pkl", WEIGHTS[script.__name__]} <= others.keys()
+    assert (content["state"]["step"], content["state"]["seed"], content["processes"]) == (2, 0, 1)
+    assert content["args"]["repeats"] == 3 and "hf_secret" not in text
 
 
 def test_without_a_seed_one_is_drawn_and_a_resumed_run_keeps_it(
     script: ModuleType, run: Run, base_flags: list[str]
 ) -> None:
     base_flags.remove("--seed=0")
-    output = run(script, "--checkpointing_steps=1")
-    args = script.parse_args([*base_flags, "--resume_from_checkpoint=latest"])
-    path, facts = found = script.find_checkpoint(args)
-    assert path == output / "checkpoint-2" and facts["args"]["seed"] is None
-    state = script.start_state(args, found)
-    assert (state.step, state.seed) == (2, facts["state"]["seed"])
+    run(script, EVERY)
+    output = run(script, EVERY, LATEST, "--max_train_steps=3")
+    seeds = [script.read_checkpoint(path)["state"]["seed"] for path in script.list_checkpoints(output).values()]
+    assert len(seeds) == 3 and len(set(seeds)) == 1
+    again = run(script, EVERY, f"--output_dir={output}-again")
+    assert script.read_checkpoint(again / "checkpoint-1")["state"]["seed"] != seeds[0]
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "deleted": Path.unlink,
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+@both_scripts
+def test_latest_passes_over_a_checkpoint_that_is_not_whole_and_says_so(
+    script: ModuleType, run: Run, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
+) -> None:
+    """Whichever file is damaged. One that is named is an error, and without another one the run starts anew."""
+    output = run(script, EVERY)
+    files = [path for path in (output / "checkpoint-2").rglob("*") if path.is_file()]
+    assert len(files) > 3
+    for file in files:
+        content = file.read_bytes()
+        damage(file)
+        caplog.clear()
+        assert find(script, output) == output / "checkpoint-1"
+        [warning] = [record.getMessage() for record in caplog.records]
+        assert str(output / "checkpoint-2") in warning and "no whole checkpoint" in warning
+        with pytest.raises(script.UsageError, match="checkpoint-2 is no whole checkpoint"):
+            find(script, output, "checkpoint-2")
+        (output / "checkpoint-1").rename(output / "elsewhere")
+        assert find(script, output) is None
+        assert "so this run starts anew" in caplog.messages[-1]
+        (output / "elsewhere").rename(output / "checkpoint-1")
+        file.write_bytes(content)
+    assert find(script, output) == output / "checkpoint-2"
+
+
+@both_scripts
+def test_a_run_resumed_beside_a_damaged_checkpoint_ends_as_the_undisturbed_run(
+    script: ModuleType, run: Run, tmp_path: Path
+) -> None:
+    whole = run(script, f"--output_dir={tmp_path / 'whole'}")
+    output = run(script, EVERY)
+    (output / "checkpoint-2" / "optimizer.bin").unlink()
+    run(script, EVERY, LATEST)
+    assert_same_weights(script, output, whole)
+    assert find(script, output) == output / "checkpoint-2", "the damaged checkpoint was not replaced"
+    assert names(output / "earlier-1") == {"checkpoint-2"} and not names(output, f"{script.PARTIAL}*")
+
+
+@both_scripts
+def test_a_checkpoint_of_the_other_script_is_refused(script: ModuleType, run: Run) -> None:
+    [other] = (module for module in SCRIPTS.values() if module is not script)
+    output = run(other, EVERY)
+    for wanted in ("checkpoint-2", "latest"):
+        with pytest.raises(script.UsageError, match="checkpoint-2 does not fit this run"):
+            find(script, output, wanted)
+
+
+class WindowsOs(ModuleType):
+    """`os` where no folder can be opened."""
+
+    name = "nt"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    @staticmethod
+    def open(path: Path, flags: int) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        return os.open(path, flags)
+
+
+@both_scripts
+def test_windows_trains_and_resumes_without_signals_of_unix_and_flushed_folders(
+    script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(script, f"--output_dir={tmp_path / 'whole'}")
+    relative_to = pathlib.PurePath.relative_to
+    backslashes = lambda *given: pathlib.PureWindowsPath(relative_to(*given))  # noqa: E731
+    monkeypatch.setattr(pathlib.PurePath, "relative_to", backslashes)
+    for name in ("SIGHUP", "SIGUSR1"):
+        monkeypatch.delattr(signal, name)
+    windows = load_anew(script, monkeypatch)
+    monkeypatch.setattr(windows, "os", WindowsOs("os"))
+    run(windows, EVERY, "--max_train_steps=1")
+    output = run(windows, EVERY, LATEST)
+    assert_same_weights(script, output, whole)
+    files = script.read_checkpoint(output / "checkpoint-2")["files"]
+    assert "optimizer.bin" in files and not any("\\" in name for name in files)

@@ -35,26 +35,6 @@ TABLE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def captioned(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The five pictures as a local dataset with captions."""
-    folder = tmp_path_factory.mktemp("captioned")
-    rows = []
-    for number, path in enumerate(sorted(pictures.iterdir())):
-        (folder / path.name).write_bytes(path.read_bytes())
-        rows.append(json.dumps({"file_name": path.name, "text": f"sks dog number {number}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def class_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("class")
-    for number in range(4):
-        Image.new("RGB", (40, 40), (60 * number, 100, 200)).save(folder / f"{number}.png")
-    return folder
-
-
 def test_every_two_settings_meet_in_the_table() -> None:
     levels: dict[str, tuple[Any, ...]] = dict.fromkeys(Row._fields, (False, True)) | {"batch_size": (1, 2, 3)}
     for one, other in itertools.combinations(Row._fields, 2):
@@ -64,7 +44,7 @@ def test_every_two_settings_meet_in_the_table() -> None:
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_two_epochs_train(
-    script: ModuleType, run: Run, row: Row, captioned: Path, class_pictures: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, run: Run, row: Row, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two epochs of five pictures: with batch size 2 and 3 the last batch is smaller."""
     losses: list[float] = []
@@ -73,10 +53,19 @@ def test_two_epochs_train(
     flags = [f"--train_batch_size={row.batch_size}", "--num_train_epochs=2", f"--max_train_steps={steps}"]
     flags += ["--train_text_encoder"] * row.clip + ["--cache_latents"] * row.cached
     if row.prior:
+        (tmp_path / "class").mkdir()
+        for number in range(4):
+            Image.new("RGB", (40, 40), (60 * number, 100, 200)).save(tmp_path / "class" / f"{number}.png")
         flags += ["--with_prior_preservation", "--class_prompt=a dog", "--num_class_images=4"]
-        flags += [f"--class_data_dir={class_pictures}"]
+        flags += [f"--class_data_dir={tmp_path / 'class'}"]
     if row.captions:
-        flags += ["--instance_data_dir=", f"--dataset_name={captioned}", "--caption_column=text"]
+        (tmp_path / "data").mkdir()
+        rows = []
+        for path in pictures.iterdir():
+            (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
+            rows.append(json.dumps({"file_name": path.name, "text": f"sks dog number {path.stem}"}))
+        (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(rows))
+        flags += ["--instance_data_dir=", f"--dataset_name={tmp_path / 'data'}", "--caption_column=text"]
     output = run(script, *flags, "--learning_rate=1e-3")
     assert len(losses) == steps and all(0.1 < loss < 100 for loss in losses) and len(set(losses)) == steps
     lora = "lora" in script.__name__

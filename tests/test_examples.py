@@ -1,9 +1,9 @@
 """From pictures to the inputs of a step: every prompt with its own picture, crops, and what is drawn."""
 
-import argparse
 import functools
 import json
 import math
+import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -15,10 +15,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from conftest import one_script
@@ -30,6 +29,7 @@ SHIFT, SCALE = 0.25, 0.5
 COLOURS = [
     (code // 36 * 51, code // 6 % 6 * 51, code % 6 * 51) for code in np.random.default_rng(0).permutation(216).tolist()
 ]
+Split = tuple[int, int, int]  # batch size, accumulation, processes
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +37,9 @@ def vae(tiny_flux: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(tiny_flux / "vae").requires_grad_(False)
 
 
-def flags(script: ModuleType, *more: str) -> argparse.Namespace:
+def flags(script: ModuleType, *more: str) -> Any:
     base = ["--pretrained_model_name_or_path=flux", "--instance_prompt=a photo of sks dog", "--resolution=16"]
-    data = [] if any(flag.startswith("--dataset_name") for flag in more) else ["--instance_data_dir=dogs"]
-    return script.parse_args([*base, *data, *more])
-
-
-def schedule(script: ModuleType, examples: int, split: tuple[int, int, int], process: int, seed: int, last: int) -> Any:
-    """The keys of one process, from the first step to `last`; `split` is batch size, accumulation and processes."""
-    batch_size, accumulation, processes = split
-    return script.MicroBatches(examples, batch_size, accumulation, process, processes, seed, 0, last)
-
-
-def epoch_length(examples: int, split: tuple[int, int, int]) -> int:
-    return -(-examples // math.prod(split))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Each prompt with its picture
-# ----------------------------------------------------------------------------------------------------------------------
+    return script.parse_args([*base, "--instance_data_dir=dogs", *more])
 
 
 def save_plain(folder: Path, colour: tuple[int, int, int]) -> Path:
@@ -70,9 +54,15 @@ def plain_pictures(script: ModuleType, folder: Path, colours: list[tuple[int, in
     """Pictures of one colour each, whose prompts are `words` and the colour."""
     files = {colour: save_plain(folder, colour) for colour in colours}
     return [
-        script.Picture(file.name, functools.partial(Image.open, file), "{} {} {} {}".format(words, *colour))
+        script.Picture(file.name, functools.partial(Image.open, file), ("{} {} {} {}".format(words, *colour),))
         for colour, file in files.items()
     ]
+
+
+def dataset_of(script: ModuleType, folder: Path, instances: int, classes: int, *more: str) -> Any:
+    instance = plain_pictures(script, folder / "dogs", COLOURS[:instances], "a sks dog")
+    prior = plain_pictures(script, folder / "others", COLOURS[-classes:] if classes else [], "a dog")
+    return script.DreamBoothDataset(instance, prior, flags(script, *more), 0)
 
 
 def named_colour(prompt: str) -> list[int]:
@@ -85,168 +75,78 @@ def seen_colour(pixels: Tensor) -> list[int]:
     return ((pixels[:, 0, 0] + 1) * 127.5).round().int().tolist()
 
 
-def pairs(
-    script: ModuleType, dataset: Any, split: tuple[int, int, int] = (2, 2, 1), workers: int = 0, epochs: int = 2
+def run_batches(
+    script: ModuleType, dataset: Any, split: Split = (2, 2, 1), workers: int = 0, epochs: int = 2
 ) -> list[dict[str, Any]]:
     """Every batch of a run, over all its processes."""
-    last = epochs * epoch_length(len(dataset), split)
     found: list[dict[str, Any]] = []
     for process in range(split[2]):
-        sampler = schedule(script, len(dataset), split, process, seed=3, last=last)
+        sampler = script.MicroBatches(
+            dataset.buckets, batch_size=split[0], accumulation=split[1], process=process, processes=split[2],
+            seed=3, first_step=0, last_step=epochs * -(-len(dataset) // math.prod(split)),
+        )  # fmt: skip
         options: dict[str, Any] = {"num_workers": workers, "timeout": PATIENCE if workers else 0}
         found += DataLoader(dataset, batch_sampler=sampler, collate_fn=script.collate, **options)
     return found
 
 
 @pytest.mark.parametrize(
-    ("split", "repeats", "workers"),
-    [((1, 1, 1), 1, 0), ((3, 2, 1), 2, 0), ((2, 1, 3), 2, 0), ((2, 1, 2), 3, 2)],
-    ids=["one by one", "accumulated", "three processes", "two processes, loaded by two each"],
+    ("split", "repeats", "workers", "instances", "classes"),
+    [((1, 1, 1), 1, 0, 2, 7), ((3, 2, 1), 2, 0, 5, 4), ((2, 1, 2), 3, 2, 3, 4)],
+    ids=["one by one, more of the class", "accumulated", "two processes, loaded by two each"],
 )
-def test_every_prompt_stays_with_its_picture(
-    script: ModuleType, tmp_path: Path, split: tuple[int, int, int], repeats: int, workers: int
+def test_every_prompt_stays_with_its_picture_and_all_are_seen_equally_often(
+    script: ModuleType, tmp_path: Path, split: Split, repeats: int, workers: int, instances: int, classes: int
 ) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:5], "a sks dog")
-    classes = plain_pictures(script, tmp_path / "others", COLOURS[-4:], "a dog")
-    args = flags(script, f"--repeats={repeats}", "--random_flip")
-    dataset = script.DreamBoothDataset(instance, classes, args, 0)
+    """The larger half is the epoch, and the smaller is spread over it."""
+    dataset = dataset_of(script, tmp_path, instances, classes, f"--repeats={repeats}", "--random_flip")
     counts: Counter[str] = Counter()
-    for batch in pairs(script, dataset, split, workers):
+    for batch in run_batches(script, dataset, split, workers):
+        half = len(batch["keys"])
+        assert batch["pixels"].shape == (2 * half, 3, 16, 16)
         for prompt, pixels in zip(batch["prompts"], batch["pixels"], strict=True):
             assert named_colour(prompt) == seen_colour(pixels)
+        assert ["sks" in prompt for prompt in batch["prompts"]] == [True] * half + [False] * half
         weights = [key.loss_weight for key in batch["keys"]]
-        counts.update(prompt for prompt, weight in zip(batch["prompts"], weights * 2, strict=True) if weight)
-    assert {prompt: count for prompt, count in counts.items() if "sks" in prompt} == {
-        picture.prompt: 2 * repeats for picture in instance
-    }
+        assert batch["loss_weights"].tolist() == pytest.approx(weights)
+        counts.update(prompt for prompt, weight in zip(batch["prompts"], 2 * weights, strict=True) if weight)
+    most = max(instances * repeats, classes)
+    for words, pictures, examples in (("sks", instances, instances * repeats), ("a dog", classes, classes)):
+        found = [count for prompt, count in counts.items() if words in prompt]
+        assert len(found) == pictures and sum(found) == 2 * most
+        slack = 0 if examples == most else 2 * repeats
+        assert all(abs(count - 2 * most / pictures) <= slack for count in found)
 
 
-def test_a_batch_holds_the_instance_pictures_and_then_the_class_pictures(script: ModuleType, tmp_path: Path) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:5], "a sks dog")
-    classes = plain_pictures(script, tmp_path / "others", COLOURS[-3:], "a dog")
-    dataset = script.DreamBoothDataset(instance, classes, flags(script), 0)
-    for batch in pairs(script, dataset, (2, 1, 1)):
-        examples = [key.example for key in batch["keys"]]
-        wanted = [instance[example].prompt for example in examples] + [
-            classes[example % 3].prompt for example in examples
-        ]
-        assert batch["prompts"] == wanted
-        assert batch["pixels"].shape == (2 * len(examples), 3, 16, 16)
-        assert batch["loss_weights"].tolist() == pytest.approx([1 / len(examples)] * len(examples))
-
-
-@pytest.mark.parametrize(("instances", "classes"), [(2, 7), (7, 2), (4, 4)])
-def test_the_larger_half_is_the_epoch_and_the_smaller_is_spread_over_it(
-    script: ModuleType, tmp_path: Path, instances: int, classes: int
-) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:instances], "a sks dog")
-    prior = plain_pictures(script, tmp_path / "others", COLOURS[-classes:], "a dog")
-    dataset = script.DreamBoothDataset(instance, prior, flags(script), 0)
-    counts = Counter(prompt for batch in pairs(script, dataset, (1, 1, 1), epochs=1) for prompt in batch["prompts"])
-    for half in (instance, prior):
-        assert {counts[picture.prompt] for picture in half} <= {
-            max(instances, classes) // len(half), -(-max(instances, classes) // len(half))
-        }  # fmt: skip
-        assert sum(counts[picture.prompt] for picture in half) == max(instances, classes)
-
-
-def test_prompts_are_listed_once(script: ModuleType, tmp_path: Path) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:3], "a sks dog")
-    classes = [script.Picture(str(place), Image.new, "a dog") for place in range(3)]
-    dataset = script.DreamBoothDataset(instance, classes, flags(script, "--repeats=4"), 0)
-    assert dataset.prompts == [*(picture.prompt for picture in instance), "a dog"]
-
-
-def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def posterior(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Mean and deviation of the latents of pixels (3, H, W), from what the encoder itself gives."""
     mean, log_variance = vae.encoder(pixels[None]).chunk(2, dim=1)
-    return mean[0], (log_variance[0].clamp(-30, 20) / 2).exp()
+    return torch.stack([mean[0], (log_variance[0].clamp(-30, 20) / 2).exp()])
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_every_prompt_stays_with_its_cached_latents(
+def test_every_prompt_stays_with_its_cached_posterior(
     script: ModuleType, tmp_path: Path, vae: AutoencoderKL, repeats: int
 ) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:5], "a sks dog")
-    classes = plain_pictures(script, tmp_path / "others", COLOURS[-4:], "a dog")
-    dataset = script.DreamBoothDataset(instance, classes, flags(script, f"--repeats={repeats}"), 0)
-    script.cache_latents(Accelerator(), vae, dataset)
-    of_prompt = {}
-    for picture in [*instance, *classes]:
-        colour = torch.tensor(named_colour(picture.prompt)) / 127.5 - 1
-        of_prompt[picture.prompt] = posterior(vae, colour.view(3, 1, 1).expand(3, 16, 16).contiguous())[0]
-    batches = pairs(script, dataset, (2, 1, 2), epochs=2)
-    assert len(batches) == 2 * 2 * epoch_length(5 * repeats, (2, 1, 2))
+    dataset = dataset_of(script, tmp_path, 5, 4, f"--repeats={repeats}")
+    script.cache_latents(vae, dataset)
+    batches = run_batches(script, dataset, (2, 1, 2), epochs=2)
+    assert len(batches) == 2 * 2 * -(-5 * repeats // 4)
     for batch in batches:
-        for prompt, mean in zip(batch["prompts"], batch["latents"].mean, strict=True):
-            assert min(of_prompt, key=lambda name: float((of_prompt[name] - mean).norm())) == prompt
-            assert torch.allclose(mean, of_prompt[prompt], atol=1e-4)
+        assert "pixels" not in batch
+        for prompt, got in zip(batch["prompts"], batch["posterior"], strict=True):
+            colour = torch.tensor(named_colour(prompt)) / 127.5 - 1
+            expected = posterior(vae, colour.view(3, 1, 1).expand(3, 16, 16).contiguous())
+            assert got.dtype == torch.float32 and torch.allclose(got, expected, atol=1e-4)
 
 
-def test_cached_latents_are_the_posterior_of_the_pixels(script: ModuleType, pictures: Path, vae: AutoencoderKL) -> None:
-    instance = script.pictures_in_folder("--instance_data_dir", str(pictures), "a sks dog")
-    dataset = script.DreamBoothDataset(instance, [], flags(script, "--center_crop", "--resolution=32"), 0)
-    pixels = [dataset[script.ExampleKey(0, 0, index, 1, True)]["instance"]["pixels"] for index in range(5)]
-    script.cache_latents(Accelerator(), vae, dataset)
-    for index in range(5):
-        got = dataset[script.ExampleKey(0, 0, index, 1, True)]["instance"]["latents"]
-        for part, expected in zip(got, posterior(vae, pixels[index]), strict=True):
-            assert part.dtype == torch.float32 and torch.allclose(part, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_the_encoding_and_end_with_the_same_cache(
-    script: ModuleType, tmp_path: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, processes: int
-) -> None:
-    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:4], "a sks dog")
-    classes = plain_pictures(script, tmp_path / "others", COLOURS[-3:], "a dog")
-    alone, *together = (script.DreamBoothDataset(instance, classes, flags(script), 0) for _ in range(1 + processes))
-    script.cache_latents(Accelerator(), vae, alone)
-    monkeypatch.setattr(script, "gather_dicts", lambda mine: mine)  # what a process would give to the others
-    for process, dataset in enumerate(together):
-        stand_in = SimpleNamespace(process_index=process, num_processes=processes, is_main_process=process == 0)
-        script.cache_latents(stand_in, vae, dataset)
-    assert sorted(key for dataset in together for key in dataset.cached) == sorted(alone.cached)
-    for dataset in together:
-        assert all(
-            torch.equal(held["latents"].mean, alone.cached[key]["latents"].mean) for key, held in dataset.cached.items()
-        )
-
-
-def encodings(monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> list[Tensor]:
-    """The pixels of every call of the VAE from now on."""
-    encode, calls = script.encode_pixels, []
-
-    def noted(vae: AutoencoderKL, pixels: Tensor) -> Any:
-        calls.append(pixels)
-        return encode(vae, pixels)
-
-    monkeypatch.setattr(script, "encode_pixels", noted)
-    return calls
-
-
-def test_repeats_that_look_the_same_are_encoded_once(
-    script: ModuleType, pictures: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    instance = script.pictures_in_folder("--instance_data_dir", str(pictures), "a sks dog")
-    dataset = script.DreamBoothDataset(instance, [], flags(script, "--center_crop", "--repeats=3"), 0)
-    calls = encodings(monkeypatch, script)
-    script.cache_latents(Accelerator(), vae, dataset)
-    assert len(calls) == 5 and len(dataset.cached) == 15
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Crops and flips
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def striped(script: ModuleType, width: int = 48) -> Any:
+def striped(script: ModuleType) -> Any:
     """A picture 16 high whose brightness is five times the column: a crop of it tells where it was taken."""
-    columns = np.broadcast_to(np.arange(width, dtype=np.uint8)[None, :, None] * 5, (16, width, 3))
-    return script.Picture("stripes", functools.partial(Image.fromarray, columns.copy()), "stripes")
+    columns = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, :, None] * 5, (16, 48, 3))
+    return script.Picture("stripes", functools.partial(Image.fromarray, columns.copy()), ("stripes",), size=(48, 16))
 
 
-def view_of(pixels: Tensor) -> tuple[int, bool]:
+def crop_of(pixels: Tensor) -> tuple[int, bool]:
     """Left edge of a crop of the striped picture, and whether it is mirrored."""
     row = ((pixels[0, 0] + 1) * 127.5 / 5).round().int().tolist()
     flipped = row[0] > row[-1]
@@ -254,79 +154,44 @@ def view_of(pixels: Tensor) -> tuple[int, bool]:
     return min(row), flipped
 
 
-def views(script: ModuleType, dataset: Any, keys: Iterable[tuple[int, int]], half: str = "instance") -> list[Any]:
-    """What is seen of the first picture at each (epoch, position)."""
-    return [view_of(dataset[script.ExampleKey(*key, 0, 1, True)][half]["pixels"]) for key in keys]
+def crops(
+    script: ModuleType, keys: Iterable[tuple[int, int]], *more: str, seed: int = 0, half: str = "instance"
+) -> list[Any]:
+    """What is seen of the striped picture at each (epoch, position)."""
+    dataset = script.DreamBoothDataset([striped(script)], [striped(script)], flags(script, *more), seed)
+    return [crop_of(dataset[script.ExampleKey(*key, 0, 1.0, True)][half]["pixels"]) for key in keys]
 
 
-def test_each_epoch_sees_another_crop(script: ModuleType) -> None:
-    dataset = script.DreamBoothDataset([striped(script)], [], flags(script), 0)
-    seen = views(script, dataset, ((epoch, 0) for epoch in range(60)))
-    assert len({left for left, _ in seen}) > 20  # of 33
-    assert not any(flip for _, flip in seen)
-
-
-def test_each_epoch_draws_the_flip_anew(script: ModuleType) -> None:
-    dataset = script.DreamBoothDataset([striped(script)], [], flags(script, "--center_crop", "--random_flip"), 0)
-    seen = Counter(views(script, dataset, ((epoch, 0) for epoch in range(60))))
-    assert seen.keys() == {(16, False), (16, True)}
-    assert 15 < seen[16, True] < 45
-
-
-def test_without_chance_each_epoch_sees_the_same(script: ModuleType) -> None:
-    dataset = script.DreamBoothDataset([striped(script)], [], flags(script, "--center_crop"), 0)
-    assert set(views(script, dataset, ((epoch, 0) for epoch in range(10)))) == {(16, False)}
-
-
-def test_repeats_in_an_epoch_see_other_crops(script: ModuleType) -> None:
-    dataset = script.DreamBoothDataset([striped(script)], [], flags(script, "--repeats=60"), 0)
-    assert len(set(views(script, dataset, ((0, place) for place in range(60))))) > 20
+def test_each_epoch_and_each_repeat_see_another_crop(script: ModuleType) -> None:
+    for keys in ([(epoch, 0) for epoch in range(60)], [(0, place) for place in range(60)]):
+        seen = crops(script, keys)
+        assert len({left for left, _ in seen}) > 20 and not any(flip for _, flip in seen)  # of 33 places
+        other = crops(script, keys, half="class")
+        assert sum(one == two for one, two in zip(seen, other, strict=True)) < 12
 
 
 def test_a_crop_and_flip_can_be_drawn_again(script: ModuleType) -> None:
     keys = [(epoch, place) for epoch in range(5) for place in range(5)]
-    first, again, other = (
-        views(script, script.DreamBoothDataset([striped(script)], [], flags(script, "--random_flip"), seed), order)
-        for seed, order in ((1, keys), (1, keys[::-1]), (2, keys))
-    )
+    first, again = (crops(script, order, "--random_flip", seed=1) for order in (keys, keys[::-1]))
+    other = crops(script, keys, "--random_flip", seed=2)
     assert first == again[::-1]
     assert sum(one != two for one, two in zip(first, other, strict=True)) > 15
 
 
-def test_an_instance_picture_and_its_class_picture_are_cropped_apart(script: ModuleType) -> None:
-    dataset = script.DreamBoothDataset([striped(script)], [striped(script)], flags(script), 0)
-    keys = [(epoch, 0) for epoch in range(30)]
-    halves = (views(script, dataset, keys, half) for half in ("instance", "class"))
-    assert sum(one == other for one, other in zip(*halves, strict=True)) < 8
-
-
-def test_with_cached_latents_the_crop_is_drawn_once(
+def test_with_cached_latents_each_repeat_keeps_a_crop_and_flip_of_its_own(
     script: ModuleType, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = script.DreamBoothDataset([striped(script)], [], flags(script, "--cache_latents"), 0)
-    calls = encodings(monkeypatch, script)
-    script.cache_latents(Accelerator(), vae, dataset)
-    means = [dataset[script.ExampleKey(epoch, 0, 0, 1, True)]["instance"]["latents"].mean for epoch in range(5)]
-    assert len(calls) == 1
-    assert all(torch.equal(mean, means[0]) for mean in means)
-
-
-def test_with_cached_latents_repeats_have_crops_and_flips_of_their_own(
-    script: ModuleType, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = flags(script, "--cache_latents", "--repeats=24", "--random_flip")
-    dataset = script.DreamBoothDataset([striped(script)], [], args, 0)
-    calls = encodings(monkeypatch, script)
-    script.cache_latents(Accelerator(), vae, dataset)
-    seen = [view_of(pixels[0]) for pixels in calls]
-    assert len(seen) == len(set(seen)) > 12
-    assert {flip for _, flip in seen} == {False, True}
-    assert len({held["latents"].mean.numpy().tobytes() for held in dataset.cached.values()}) == len(seen)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The inputs of a step
-# ----------------------------------------------------------------------------------------------------------------------
+    encode, encoded = script.encode_pixels, []
+    monkeypatch.setattr(script, "encode_pixels", lambda vae, pixels: encoded.append(pixels) or encode(vae, pixels))
+    dataset = script.DreamBoothDataset([striped(script)], [], flags(script, "--repeats=24", "--random_flip"), 0)
+    script.cache_latents(vae, dataset)
+    seen = [crop_of(pixels) for (pixels,) in encoded]
+    assert len(seen) == 24 and len(set(seen)) > 12 and {flip for _, flip in seen} == {False, True}
+    for epoch in (0, 1, 7):
+        for repeat, pixels in enumerate(encoded):
+            example = dataset[script.ExampleKey(epoch, repeat, repeat, 1.0, True)]["instance"]
+            assert torch.allclose(example["posterior"], posterior(vae, pixels[0]), atol=1e-5)
+    assert len(encoded) == 24
 
 
 def number_of(prompt: str) -> float:
@@ -334,243 +199,133 @@ def number_of(prompt: str) -> float:
     return float(red * 36 + green * 6 + blue) / 51
 
 
-def cache_numbers(script: ModuleType, dataset: Any, deviation: float) -> None:
+def cache_numbers(dataset: Any, deviation: float) -> None:
     """Instead of latents: the number of the prompt, spread by `deviation`."""
-    dataset.cached = {
-        (source, index, (16, 16), 0): {
-            "latents": script.LatentDistribution(
-                torch.full((16, 4, 4), number_of(picture.prompt)), torch.full((16, 4, 4), deviation)
-            )
-        }
-        for source, pictures in dataset.sources.items()
-        for index, picture in enumerate(pictures)
-    }
+    dataset.cached = {}
+    for source, pictures in dataset.sources.items():
+        for index, picture in enumerate(pictures):
+            mean = torch.full((16, 4, 4), number_of(picture.prompts[0]))
+            dataset.cached[source, index, (16, 16)] = {
+                "posterior": torch.stack([mean, torch.full_like(mean, deviation)])
+            }
 
 
-def step_inputs(
-    script: ModuleType, dataset: Any, batch: dict[str, Any], seed: int = 0, vae: AutoencoderKL | None = None
-) -> Any:
+def step_inputs(script: ModuleType, dataset: Any, batch: dict[str, Any], seed: int = 0) -> Any:
     """What the model gets of a batch, each prompt being embedded as its number."""
-    prompts = {
-        prompt: script.PromptEmbeds(
-            torch.full((4, 8), number_of(prompt)), torch.full((8,), number_of(prompt)), torch.zeros(77).long()
-        )
-        for prompt in dataset.prompts
-    }
-    transformer: Any = nn.Identity()
-    transformer.config = SimpleNamespace(guidance_embeds=True)
+    prompts = {}
+    for prompt in dataset.prompts:
+        number = number_of(prompt)
+        prompts[prompt] = script.PromptEmbeds(torch.full((4, 8), number), torch.full((8,), number), torch.zeros(77))
     config = SimpleNamespace(shift_factor=SHIFT, scaling_factor=SCALE)
-    data = script.TrainingData(dataset, prompts, vae, config, validation=[], metadata={})
-    models = script.Trained(transformer, None, None, None)
-    run = script.Run(flags(script), Accelerator(), data, models, script.RunState(0, seed), None)
-    return script.prepare_inputs(run, batch, torch.linspace(1, 0.001, 1000))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    run: Any = SimpleNamespace(
+        args=flags(script, "--prior_loss_weight=0.5"),
+        data=SimpleNamespace(dataset=dataset, prompts=prompts, vae_config=config, scheduler=scheduler),
+        state=SimpleNamespace(seed=seed),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )
+    return script.prepare_inputs(run, batch)
 
 
 @pytest.fixture
 def cached(script: ModuleType, tmp_path: Path) -> Any:
     """Five instance and three class pictures whose latents are their prompts' numbers."""
-    instance = plain_pictures(script, tmp_path / "dogs", COLOURS[:5], "a sks dog")
-    classes = plain_pictures(script, tmp_path / "others", COLOURS[-3:], "a dog")
-    dataset = script.DreamBoothDataset(instance, classes, flags(script), 0)
-    cache_numbers(script, dataset, deviation=0.0)
+    dataset = dataset_of(script, tmp_path, 5, 3)
+    cache_numbers(dataset, deviation=0.0)
     return dataset
 
 
-def test_latents_embeddings_and_pooled_vectors_of_a_step_belong_together(script: ModuleType, cached: Any) -> None:
-    for batch in pairs(script, cached, (2, 1, 2)):
+def test_latents_embeddings_and_weights_of_a_step_belong_together(script: ModuleType, cached: Any) -> None:
+    for batch in run_batches(script, cached, (2, 1, 2)):
         inputs = step_inputs(script, cached, batch)
         numbers = torch.tensor([number_of(prompt) for prompt in batch["prompts"]])
         assert torch.equal(inputs.prompt_embeds, numbers.view(-1, 1, 1).expand(-1, 4, 8))
         assert torch.equal(inputs.pooled_prompt_embeds, numbers.view(-1, 1).expand(-1, 8))
         scaled = (numbers - SHIFT) * SCALE
         assert torch.allclose(inputs.latents, scaled.view(-1, 1, 1, 1).expand(-1, 16, 4, 4))
+        weights = [key.loss_weight for key in batch["keys"]]
+        assert inputs.loss_weights.tolist() == pytest.approx([*weights, *(weight / 2 for weight in weights)])
 
 
-def test_pictures_are_encoded_at_each_step_without_a_cache(
-    script: ModuleType, tmp_path: Path, vae: AutoencoderKL
-) -> None:
-    dataset = script.DreamBoothDataset(
-        plain_pictures(script, tmp_path / "dogs", COLOURS[:3], "a sks dog"), [], flags(script), 0
-    )
-    (batch,) = pairs(script, dataset, (3, 1, 1), epochs=1)
-    live = step_inputs(script, dataset, batch, vae=vae)
-    script.cache_latents(Accelerator(), vae, dataset)
-    (from_cache,) = pairs(script, dataset, (3, 1, 1), epochs=1)
-    assert torch.allclose(live.latents, step_inputs(script, dataset, from_cache).latents, atol=1e-5)
+def test_the_posterior_is_sampled_anew_at_each_step_and_not_with_the_noise(script: ModuleType, cached: Any) -> None:
+    draws: dict[float, list[Tensor]] = {1.0: [], 3.0: []}
+    noise = []
+    for deviation, found in draws.items():
+        cache_numbers(cached, deviation)
+        for batch in run_batches(script, cached, (5, 1, 1), epochs=8):
+            inputs = step_inputs(script, cached, batch)
+            numbers = torch.tensor([number_of(prompt) for prompt in batch["prompts"]])
+            found += list((inputs.latents / SCALE + SHIFT - numbers.view(-1, 1, 1, 1)).flatten(1))
+            noise += list(inputs.noise.flatten(1))
+    one, three = torch.stack(draws[1.0]), torch.stack(draws[3.0])
+    assert len(one) == 80 and torch.allclose(three, 3 * one, atol=1e-3)
+    together = torch.cat([one, torch.stack(noise[:80])])
+    assert (torch.corrcoef(together) - torch.eye(160)).abs().max() < 0.35  # 5.6 standard deviations
+    assert abs(one.mean()) < 0.03 and abs(one.std() - 1) < 0.03
 
 
-def test_the_posterior_is_sampled_anew_at_each_step(script: ModuleType, cached: Any) -> None:
-    cache_numbers(script, cached, deviation=1.0)
-    draws = []
-    for batch in pairs(script, cached, (5, 1, 1), epochs=8):
-        latents = step_inputs(script, cached, batch).latents
-        numbers = torch.tensor([number_of(prompt) for prompt in batch["prompts"]])
-        draws += list((latents / SCALE + SHIFT - numbers.view(-1, 1, 1, 1)).flatten(1))
-    assert len(draws) == 80
-    assert (torch.corrcoef(torch.stack(draws)) - torch.eye(80)).abs().max() < 0.35  # 5.6 standard deviations
-    everything = torch.cat(draws)
-    assert abs(everything.mean()) < 0.03 and abs(everything.std() - 1) < 0.03
-
-
-def test_the_draw_is_spread_by_the_posteriors_deviation(script: ModuleType, cached: Any) -> None:
-    sampled = {}
-    for deviation in (0.0, 1.0, 3.0):
-        cache_numbers(script, cached, deviation)
-        sampled[deviation] = step_inputs(script, cached, pairs(script, cached)[0]).latents
-    one, three = sampled[1.0] - sampled[0.0], sampled[3.0] - sampled[0.0]
-    assert torch.allclose(three, 3 * one, atol=1e-4) and one.std() > 0.9 * SCALE
-
-
-def test_the_noise_is_not_that_of_the_posterior(script: ModuleType, cached: Any) -> None:
-    plain = step_inputs(script, cached, pairs(script, cached)[0])
-    cache_numbers(script, cached, deviation=1.0)
-    inputs = step_inputs(script, cached, pairs(script, cached)[0])
-    both = torch.stack([inputs.noise.flatten(), (inputs.latents - plain.latents).flatten()])
-    assert abs(torch.corrcoef(both)[0, 1]) < 0.2
-    assert torch.equal(inputs.noise, plain.noise)
-
-
-def drawn_at(script: ModuleType, dataset: Any, split: tuple[int, int, int], seed: int) -> dict[Any, tuple[bytes, ...]]:
+def drawn_at(script: ModuleType, dataset: Any, split: Split, seed: int) -> dict[Any, list[bytes]]:
     """Noise, sigma and latents of every weighted place of two epochs, by half, epoch and position."""
-    found: dict[Any, tuple[bytes, ...]] = {}
-    for batch in pairs(script, dataset, split):
+    found: dict[Any, list[bytes]] = {}
+    for batch in run_batches(script, dataset, split):
         inputs = step_inputs(script, dataset, batch, seed)
-        places = [(half, *key[:2], key.loss_weight) for half in ("instance", "class") for key in batch["keys"]]
-        for row, (*place, weight) in enumerate(places):
-            if weight:
-                rows = (getattr(inputs, name)[row] for name in ("noise", "sigmas", "latents"))
-                found[tuple(place)] = tuple(tensor.numpy().tobytes() for tensor in rows)
+        places = [(half, key) for half in ("instance", "class") for key in batch["keys"]]
+        for row, (half, key) in enumerate(places):
+            if key.loss_weight:
+                rows = (inputs.noise[row], inputs.sigmas[row], inputs.latents[row])
+                found[half, key.epoch, key.position] = [tensor.numpy().tobytes() for tensor in rows]
     return found
 
 
 def test_what_is_drawn_depends_on_the_place_and_not_on_the_split(script: ModuleType, cached: Any) -> None:
-    cache_numbers(script, cached, deviation=1.0)
+    cache_numbers(cached, deviation=1.0)
     alone = drawn_at(script, cached, (4, 1, 1), seed=0)
     assert len(alone) == 2 * 2 * 5
     for split in ((1, 4, 1), (2, 1, 2), (1, 1, 4)):
         assert drawn_at(script, cached, split, seed=0) == alone
+    drawn = [*alone.values(), *drawn_at(script, cached, (4, 1, 1), seed=1).values()]
+    noise, sigmas, latents = ({draws[part] for draws in drawn} for part in range(3))
+    assert len(noise) == len(latents) == 40 and len(sigmas) > 36  # of a thousand, so that two may be the same
 
 
-@pytest.mark.parametrize(("place", "name"), enumerate(("noise", "sigmas", "latents")))
-def test_no_two_places_share_a_draw(script: ModuleType, cached: Any, place: int, name: str) -> None:
-    cache_numbers(script, cached, deviation=1.0)
-    drawn = [draws[place] for seed in (0, 1) for draws in drawn_at(script, cached, (2, 1, 2), seed).values()]
-    # Of 1,000 noise levels, two of 40 may be the same by chance.
-    assert len(drawn) == 40 and len(set(drawn)) >= (37 if name == "sigmas" else 40)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# --dataset_name
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
-    """Six pictures of one colour each, whose captions in metadata.jsonl name it, in another order than the files'."""
-    folder = tmp_path / "captioned"
-    lines = []
+def test_captions_of_an_image_folder_stay_with_their_pictures(script: ModuleType, tmp_path: Path) -> None:
+    """In metadata.jsonl they are in another order than the files."""
+    rows = []
     for colour in COLOURS[:6]:
-        path = save_plain(folder, colour)
-        lines.append(json.dumps({"file_name": path.name, "text": "a sks dog {} {} {}".format(*colour)}))
-    (folder / "metadata.jsonl").write_text("\n".join(sorted(lines, reverse=True)) + "\n")
-    return folder
+        path = save_plain(tmp_path / "captioned", colour)
+        rows.append(json.dumps({"file_name": path.name, "text": "a sks dog {} {} {}".format(*colour)}))
+    (tmp_path / "captioned" / "metadata.jsonl").write_text("\n".join(sorted(rows, reverse=True)) + "\n")
+    args = flags(script, "--instance_data_dir=", f"--dataset_name={tmp_path / 'captioned'}", "--caption_column=text")
+    found = pickle.loads(pickle.dumps(script.list_pictures(args)["instance"]))  # as a process that loads pictures does
+    assert sorted(named_colour(picture.prompts[0]) for picture in found) == sorted(map(list, COLOURS[:6]))
+    for picture in found:
+        assert list(picture.read()[0].getpixel((0, 0))) == named_colour(picture.prompts[0])
 
 
-def test_captions_of_an_image_folder_stay_with_their_pictures(script: ModuleType, image_folder: Path) -> None:
-    args = flags(script, f"--dataset_name={image_folder}", "--caption_column=text", "--repeats=2")
-    found = script.pictures_in_dataset(args)
-    assert sorted(named_colour(picture.prompt) for picture in found) == sorted(map(list, COLOURS[:6]))
-    dataset = script.DreamBoothDataset(found, [], args, 0)
-    seen = []
-    for batch in pairs(script, dataset, (2, 1, 2), workers=2):
-        for prompt, pixels, key in zip(batch["prompts"], batch["pixels"], batch["keys"], strict=True):
-            assert named_colour(prompt) == seen_colour(pixels)
-            seen += [prompt] if key.loss_weight else []
-    assert Counter(seen) == Counter({picture.prompt: 4 for picture in found})
-
-
-def test_without_a_caption_column_all_share_the_instance_prompt(script: ModuleType, image_folder: Path) -> None:
-    found = script.pictures_in_dataset(flags(script, f"--dataset_name={image_folder}"))
-    assert [picture.prompt for picture in found] == ["a photo of sks dog"] * 6
-
-
-def write_table(folder: Path, photos: list[Any], words: list[Any]) -> Path:
-    """A dataset with the columns photo and words."""
+def write_table(folder: Path, photos: list[Any], words: list[Any]) -> list[str]:
+    """A dataset with the columns photo and words, as flags."""
     folder.mkdir()
     columns = datasets.Dataset.from_dict({"photo": photos, "words": words})
     columns.cast_column("photo", datasets.Image()).to_parquet(folder / "train.parquet")
-    return folder
+    return ["--instance_data_dir=", f"--dataset_name={folder}", "--image_column=photo"]
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> list[str]:
-    return [str(save_plain(tmp_path / "plain", colour)) for colour in COLOURS[:4]]
-
-
-def test_columns_of_other_names_are_read(script: ModuleType, tmp_path: Path, photos: list[str]) -> None:
-    words = ["{} {} {}".format(*colour) for colour in COLOURS[:4]]
-    table = write_table(tmp_path / "table", photos, words)
-    columns = ("--image_column=photo", "--caption_column=words")
-    found = script.pictures_in_dataset(flags(script, f"--dataset_name={table}", *columns))
-    assert [picture.prompt for picture in found] == words
-    for picture in found:
-        with picture.open() as image:
-            assert list(image.getpixel((0, 0))) == named_colour(picture.prompt)
-
-
-@pytest.mark.parametrize(
-    ("columns", "words"),
-    [
-        (["--image_column=picture"], ["--image_column", "'picture'", "photo, words"]),
-        (["--image_column=photo", "--caption_column=text"], ["--caption_column", "'text'", "photo, words"]),
-        (["--image_column=words"], ["--image_column", "'words'", "pictures"]),
-        (
-            ["--image_column=photo", "--caption_column=words", "--instance_prompt="],
-            ["--caption_column", "'words'", "row 1, 2, 3", "--instance_prompt"],
-        ),
-    ],
-    ids=["no such image column", "no such caption column", "no pictures", "rows without a caption"],
-)
-def test_columns_that_do_not_fit_are_told_by_flag_value_and_what_there_is(
-    script: ModuleType, tmp_path: Path, photos: list[str], columns: list[str], words: list[str]
+def test_columns_of_other_names_are_read_and_rows_without_a_caption_take_the_instance_prompt(
+    script: ModuleType, tmp_path: Path
 ) -> None:
-    table = write_table(tmp_path / "table", photos, ["a dog", None, "", "  "])
-    with pytest.raises(script.UsageError) as error:
-        script.pictures_in_dataset(flags(script, f"--dataset_name={table}", *columns))
-    assert [word for word in words if word not in str(error.value)] == []
+    photos = [str(save_plain(tmp_path / "plain", colour)) for colour in COLOURS[:4]]
+    table = write_table(tmp_path / "table", photos, [" a dog", None, "", "  "])
+    for more, first in ((["--caption_column=words"], "a dog"), ([], "a photo of sks dog")):
+        found = script.list_pictures(flags(script, *table, *more))["instance"]
+        assert [picture.prompts[0] for picture in found] == [first, *["a photo of sks dog"] * 3]
+        assert [picture.read()[0].getpixel((0, 0)) for picture in found] == COLOURS[:4]
 
 
-def test_rows_without_a_caption_take_the_instance_prompt(
-    script: ModuleType, tmp_path: Path, photos: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    table = write_table(tmp_path / "table", photos, ["a dog", None, "", "  "])
-    columns = ("--image_column=photo", "--caption_column=words")
-    found = script.pictures_in_dataset(flags(script, f"--dataset_name={table}", *columns))
-    assert [picture.prompt for picture in found] == ["a dog", *["a photo of sks dog"] * 3]
-    assert "3 pictures take --instance_prompt for a caption: rows 1, 2, 3" in caplog.text
-
-
-def test_captions_that_are_numbers_are_refused(script: ModuleType, tmp_path: Path, photos: list[str]) -> None:
-    table = write_table(tmp_path / "table", photos, [1, 2, 3, 4])
-    columns = ("--image_column=photo", "--caption_column=words")
-    with pytest.raises(script.UsageError, match="row 0, 1, 2, 3"):
-        script.pictures_in_dataset(flags(script, f"--dataset_name={table}", *columns))
-
-
-def test_a_dataset_that_does_not_load_is_told_by_name(script: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(script.UsageError, match=f"--dataset_name is '{tmp_path}/nowhere'"):
-        script.pictures_in_dataset(flags(script, f"--dataset_name={tmp_path}/nowhere"))
-
-
-@pytest.mark.parametrize("kind", ["missing", "cut"])
-def test_rows_whose_picture_cannot_be_read_are_named(
-    script: ModuleType, tmp_path: Path, photos: list[str], kind: str
-) -> None:
-    rows: list[Any] = [{"bytes": Path(photo).read_bytes(), "path": None} for photo in photos]
-    for row in (1, 3):
-        rows[row] = None if kind == "missing" else {"bytes": rows[row]["bytes"][:60], "path": None}
+def test_rows_whose_picture_cannot_be_read_are_named(script: ModuleType, tmp_path: Path) -> None:
+    photos = [save_plain(tmp_path / "plain", colour).read_bytes() for colour in COLOURS[:4]]
+    rows: list[Any] = [{"bytes": photo, "path": None} for photo in photos]
+    rows[1], rows[3]["bytes"] = None, photos[3][:60]
     table = write_table(tmp_path / "table", rows, ["a dog"] * 4)
-    found = script.pictures_in_dataset(flags(script, f"--dataset_name={table}", "--image_column=photo"))
     with pytest.raises(script.UsageError) as error:
-        script.check_pictures(found)
+        script.list_pictures(flags(script, *table))
     assert re.findall(r"row \d", str(error.value)) == ["row 1", "row 3"]

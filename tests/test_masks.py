@@ -1,6 +1,5 @@
 """Masks: where they come from, that they go the way of their pictures, and what the loss makes of them."""
 
-import logging
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor
 
 from conftest import Run, both_scripts, one_script
 
@@ -20,52 +18,36 @@ BASE = ["--pretrained_model_name_or_path=flux", "--instance_prompt=a dog", "--re
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Three grey pictures of different shapes, and copies of them as their masks."""
-    pictures, masks, rng = tmp_path / "dogs", tmp_path / "masks", np.random.default_rng(0)
-    pictures.mkdir()
-    masks.mkdir()
+def folders(tmp_path: Path) -> list[str]:
+    """Flags of three grey pictures of different shapes, and of copies of them as their masks."""
+    (tmp_path / "dogs").mkdir()
+    (tmp_path / "masks").mkdir()
+    rng = np.random.default_rng(0)
     for number, (width, height) in enumerate([(90, 70), (64, 130), (77, 77)]):
         grey = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8), dtype=np.uint8)).resize((width, height))
-        grey.convert("RGB").save(pictures / f"dog_{number}.png")
-        grey.save(masks / f"dog_{number}.webp", lossless=True)
-    return pictures, masks
+        grey.convert("RGB").save(tmp_path / "dogs" / f"dog_{number}.png")
+        grey.save(tmp_path / "masks" / f"dog_{number}.webp", lossless=True)
+    return [f"--instance_data_dir={tmp_path / 'dogs'}", f"--mask_data_dir={tmp_path / 'masks'}"]
 
 
-def dataset_of(script: ModuleType, *flags: str) -> Any:
-    args = script.parse_args([*BASE, *flags])
-    return script.DreamBoothDataset(script.list_pictures(args)["instance"], [], args, 0)
+def read_pictures(script: ModuleType, *flags: str) -> Any:
+    return script.list_pictures(script.parse_args([*BASE, *flags]))
 
 
-@pytest.mark.parametrize("shape", [[], ["--aspect_ratio_buckets=auto"], ["--resolution=32,64"]])
-def test_a_mask_is_resized_cropped_and_flipped_with_its_picture(
-    script: ModuleType, folders: tuple[Path, Path], shape: list[str]
+@pytest.mark.parametrize("shape", ["--center_crop", "--aspect_ratio_buckets=auto", "--resolution=32,64"])
+def test_a_mask_is_resized_cropped_and_flipped_with_its_picture_and_weighs_its_tokens(
+    script: ModuleType, folders: list[str], shape: str
 ) -> None:
-    pictures, masks = folders
-    flags = [f"--instance_data_dir={pictures}", f"--mask_data_dir={masks}", "--random_flip", "--unmasked_weight=0.2"]
-    dataset = dataset_of(script, *flags, *shape)
-    flips = set()
+    flags = [*folders, "--random_flip", "--unmasked_weight=0.2", shape]
+    pictures = read_pictures(script, *flags)["instance"]
+    dataset = script.DreamBoothDataset(pictures, [], script.parse_args([*BASE, *flags]), 0)
     for index in range(len(dataset)):
         for draw in range(4):
             loaded = dataset.load("instance", index, dataset.buckets[index], draw, index)
             grey = (loaded["pixels"].mean(0) + 1) / 2  # the picture is its own mask
-            rows, columns = (side // 16 for side in grey.shape)
-            blocks = [
-                grey[16 * r : 16 * r + 16, 16 * c : 16 * c + 16].mean() for r in range(rows) for c in range(columns)
-            ]
-            expected = 0.2 + 0.8 * torch.stack(blocks)
+            latents = torch.nn.functional.avg_pool2d(grey[None, None], 8)  # a latent is 8 x 8 pixels
+            expected = 0.2 + 0.8 * script.pack_latents(latents)[0].mean(-1)
             torch.testing.assert_close(loaded["token_weights"], expected, rtol=0, atol=1e-4)
-            flips.add(loaded["crop"].flip)
-    assert flips == {True, False}
-
-
-def test_weights_are_in_the_order_of_the_tokens(script: ModuleType) -> None:
-    rng = np.random.default_rng(1)
-    mask = rng.integers(0, 256, (48, 32), dtype=np.uint8)
-    args = SimpleNamespace(unmasked_weight=0.0, image_interpolation_mode="nearest")
-    weights = script.mask_tokens(Image.fromarray(mask), script.Crop((32, 48), 0, 0, False), args)
-    latents = torch.from_numpy(mask / 255).view(6, 8, 4, 8).mean((1, 3))[None, None].float()  # a latent is 8 x 8 pixels
-    torch.testing.assert_close(weights, script.pack_latents(latents)[0].mean(-1))
 
 
 def test_the_loss_is_the_weighted_mean_over_the_tokens(script: ModuleType) -> None:
@@ -75,157 +57,103 @@ def test_the_loss_is_the_weighted_mean_over_the_tokens(script: ModuleType) -> No
     found = script.flow_matching_loss(velocity, target, torch.ones(2), options, weights)
     for row in range(2):
         tokens = [(velocity[row, token] - target[row, token]).square().mean().item() for token in range(6)]
-        expected = np.average(tokens, weights=weights[row].numpy())
-        assert found[row].item() == pytest.approx(expected, rel=1e-5)
+        assert found[row].item() == pytest.approx(np.average(tokens, weights=weights[row].numpy()), rel=1e-5)
 
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The losses that are logged, of training and validation."""
     logged: list[float] = []
-    names = ("loss", "validation_loss")
-    monkeypatch.setattr(
-        Accelerator, "log", lambda _, values, step: logged.extend(values[name] for name in names if name in values)
-    )
+    keep = lambda _, values, step: logged.extend(value for name, value in values.items() if "loss" in name)  # noqa: E731
+    monkeypatch.setattr(Accelerator, "log", keep)
     return logged
 
 
-@pytest.mark.parametrize("level", [0, 77, 255])
-def test_a_mask_of_one_grey_changes_nothing(
-    script: ModuleType, run: Run, folders: tuple[Path, Path], losses: list[float], level: int
+@pytest.mark.parametrize("level", [0, 77])
+def test_a_mask_of_one_grey_changes_nothing_and_another_does(
+    script: ModuleType, run: Run, folders: list[str], losses: list[float], level: int, tmp_path: Path
 ) -> None:
-    pictures, masks = folders
-    for path in masks.iterdir():
+    flags = [folders[0], "--validation_loss", "--validation_steps=2"]
+    run(script, *flags)
+    run(script, *flags, folders[1], "--unmasked_weight=0.1")
+    for path in (tmp_path / "masks").iterdir():
         with Image.open(path) as mask:
             size = mask.size
         Image.new("L", size, level).save(path)
-    flags = [f"--instance_data_dir={pictures}", "--validation_loss", "--validation_steps=2"]
-    run(script, *flags)
-    plain = list(losses)
-    losses.clear()
-    run(script, *flags, f"--mask_data_dir={masks}")
-    assert losses == pytest.approx(plain, rel=1e-5) and len(plain) == 4
+    run(script, *flags, folders[1])
+    plain, masked, grey = losses[:4], losses[4:8], losses[8:]
+    assert grey == pytest.approx(plain, rel=1e-5)
+    assert all(abs(one - other) > 1e-3 * other for one, other in zip(masked, plain, strict=True))
 
 
 @both_scripts
-def test_what_a_mask_hides_does_not_train_and_a_resume_is_exact(
-    script: ModuleType, run: Run, folders: tuple[Path, Path], losses: list[float]
+def test_a_masked_run_resumes_exactly(
+    script: ModuleType, run: Run, folders: list[str], losses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With cached views, flips, buckets and two resolutions at once."""
-    pictures, masks = folders
-    for path in masks.iterdir():
-        with Image.open(path) as mask:
-            grey = np.zeros((mask.height, mask.width), np.uint8)
-        grey[:, grey.shape[1] // 2 :] = 255
-        Image.fromarray(grey).save(path)
-    flags = [f"--instance_data_dir={pictures}", f"--mask_data_dir={masks}", "--unmasked_weight=0", "--resolution=32,64"]
-    flags += ["--cache_latents", "--cached_views=3", "--random_flip", "--checkpointing_steps=2", "--max_train_steps=4"]
-    flags += ["--train_batch_size=2", "--aspect_ratio_buckets=auto"]
-    seen: list[Tensor] = []
-    prepare_inputs = script.prepare_inputs
-
-    def keep(*given: Any) -> Any:
-        inputs = prepare_inputs(*given)
-        seen.append(inputs.token_weights)
-        return inputs
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "prepare_inputs", keep)
-        output = run(script, *flags)
-    assert min(float(weights.min()) for weights in seen) == 0 and max(float(weights.max()) for weights in seen) == 1
-    whole = list(losses)
-    losses.clear()
+    """With cached latents, flips, buckets and two resolutions at once."""
+    seen: list[float] = []
+    loss = script.flow_matching_loss
+    monkeypatch.setattr(script, "flow_matching_loss", lambda *given: seen.extend(given[-1].flatten()) or loss(*given))
+    flags = [*folders, "--unmasked_weight=0", "--resolution=32,64", "--aspect_ratio_buckets=auto", "--random_flip"]
+    flags += ["--cache_latents", "--checkpointing_steps=2", "--max_train_steps=4", "--train_batch_size=2"]
+    output = run(script, *flags)
     run(script, *flags, f"--output_dir={output}-2", f"--resume_from_checkpoint={output / 'checkpoint-2'}")
-    assert losses == whole[2:] and len(losses) == 2
+    assert losses[4:] == losses[2:4] and len(losses) == 6 and min(seen) < 0.3 and max(seen) > 0.7
 
 
 def test_the_transparency_of_a_picture_is_its_mask(script: ModuleType, tmp_path: Path) -> None:
     image = Image.new("RGBA", (64, 64), (10, 20, 30, 255))
     image.paste((200, 0, 0, 0), (0, 0, 32, 64))
-    image.save(tmp_path / "dog.png")
-    dataset = dataset_of(script, f"--instance_data_dir={tmp_path}", "--alpha_mask", "--unmasked_weight=0.25")
-    weights = dataset.load("instance", 0, (64, 64), 0, 0)["token_weights"].view(4, 4)
-    assert weights.tolist() == [[0.25, 0.25, 1, 1]] * 4
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned to the left
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "dog.png", exif=exif)
+    flags = [f"--instance_data_dir={tmp_path}", "--alpha_mask", "--unmasked_weight=0.25"]
+    [picture] = read_pictures(script, *flags)["instance"]
+    weights = script.load_picture(picture, (64, 64), script.parse_args([*BASE, *flags]))["token_weights"]
+    assert weights.view(4, 4).tolist() == [[0.25, 0.25, 1, 1]] * 4
 
 
-@pytest.mark.parametrize("kind", ["I;16", "F"])
-def test_a_mask_of_more_than_8_bits_keeps_its_greys(script: ModuleType, folders: tuple[Path, Path], kind: str) -> None:
-    pictures, masks = folders
-    path = masks / "dog_1.webp"
-    with Image.open(path) as stored:
-        greys = np.asarray(stored.convert("L"))
-    path.unlink()
-    deep = greys.astype(np.uint16) * 257 if kind == "I;16" else greys.astype(np.float32) / 255
-    Image.fromarray(deep).save(masks / ("dog_1.png" if kind == "I;16" else "dog_1.tif"))
-    dataset = dataset_of(script, f"--instance_data_dir={pictures}", f"--mask_data_dir={masks}")
-    [picture] = [one for one in dataset.sources["instance"] if one.name.endswith("dog_1.png")]
-    assert picture.mask is not None and np.abs(np.asarray(picture.mask()).astype(int) - greys).max() <= 1
-
-
-def test_held_out_pictures_have_masks_of_their_own(
-    script: ModuleType, folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_mask_of_16_bits_keeps_its_greys_and_what_is_transparent_in_one_is_not_painted(
+    script: ModuleType, folders: list[str], tmp_path: Path
 ) -> None:
-    pictures, masks = folders
-    (tmp_path / "held").mkdir()
-    flags = [*BASE, f"--instance_data_dir={pictures}", f"--mask_data_dir={masks}", "--validation_loss"]
-    flags.append(f"--validation_data_dir={tmp_path / 'held'}")
-    (pictures / "dog_2.png").rename(tmp_path / "held" / "dog_2.png")
-    found = script.list_pictures(script.parse_args(flags))
-    assert all(picture.mask is not None for part in found.values() for picture in part)
-    assert "without a picture" not in caplog.text
-    (pictures / "dog_1.png").rename(tmp_path / "held" / "dog_0.png")
-    with pytest.raises(script.UsageError, match=r"trained on and held out; rename: dog_0$"):
-        script.list_pictures(script.parse_args(flags))
+    pictures = [picture.read() for picture in read_pictures(script, *folders)["instance"]]
+    for number, (_, mask) in enumerate(pictures):
+        (tmp_path / "masks" / f"dog_{number}.webp").unlink()
+        Image.fromarray(np.asarray(mask).astype(np.uint16) * 257).save(tmp_path / "masks" / f"dog_{number}.png")
+    for (_, before), picture in zip(pictures, read_pictures(script, *folders)["instance"], strict=True):
+        assert np.array_equal(np.asarray(picture.read()[1]), np.asarray(before))
+    clear = Image.new("RGBA", (77, 77), (255, 255, 255, 0))  # programs may keep white under it
+    clear.paste((255,) * 4, (0, 0, 40, 77))
+    clear.save(tmp_path / "masks" / "dog_2.png")
+    mask = np.asarray(read_pictures(script, *folders)["instance"][2].read()[1])
+    assert (mask[:, :40] == 255).all() and (mask[:, 40:] == 0).all()
 
 
-def test_masks_are_counted_and_those_without_a_picture_named(
-    script: ModuleType, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+def test_held_out_pictures_have_masks_of_their_own_and_not_those_of_training_pictures_of_their_name(
+    script: ModuleType, folders: list[str], tmp_path: Path
 ) -> None:
-    pictures, masks = folders
-    (masks / "dog_2.webp").rename(masks / "cat.webp")
-    with caplog.at_level(logging.INFO):
-        dataset = dataset_of(script, f"--instance_data_dir={pictures}", f"--mask_data_dir={masks}")
-    assert (
-        "masks without a picture: cat" in caplog.text
-        and "2 of 3 instance pictures have masks, which count" in caplog.text
-    )
-    [unmasked] = [index for index in range(3) if dataset.sources["instance"][index].mask is None]
-    assert dataset.load("instance", unmasked, (64, 64), 0, 0)["token_weights"].tolist() == [1.0] * 16
+    held = tmp_path / "held"
+    held.mkdir()
+    (tmp_path / "dogs" / "dog_2.png").rename(held / "dog_2.png")
+    flags = [*folders, "--validation_loss", f"--validation_data_dir={held}"]
+    found = read_pictures(script, *flags)
+    assert [picture.mask.stem for part in found.values() for picture in part] == ["dog_0", "dog_1", "dog_2"]
+    (tmp_path / "dogs" / "dog_1.png").rename(held / "dog_0.png")
+    with pytest.raises(script.UsageError, match=r"--mask_data_dir: .* held out"):
+        read_pictures(script, *flags)
 
 
-def test_a_mask_of_other_proportions_is_named(script: ModuleType, folders: tuple[Path, Path]) -> None:
-    pictures, masks = folders
-    Image.new("L", (77, 60)).save(masks / "dog_2.webp")
-    args = script.parse_args([*BASE, f"--instance_data_dir={pictures}", f"--mask_data_dir={masks}"])
-    with pytest.raises(script.UsageError, match=r"dog_2\.png: the mask has \(77, 60\) pixels, the picture \(77, 77\)"):
-        script.list_pictures(args)
-
-
-def test_another_mask_is_another_training(
-    script: ModuleType, run: Run, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+def test_masks_without_a_picture_are_named_and_pictures_without_a_mask_count_fully(
+    script: ModuleType, folders: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pictures, masks = folders
-    flags = [f"--instance_data_dir={pictures}", f"--mask_data_dir={masks}", "--checkpointing_steps=1"]
-    run(script, *flags, "--max_train_steps=1")
-    Image.new("L", (77, 77)).save(masks / "dog_2.webp")
-    run(script, *flags, "--max_train_steps=2", "--resume_from_checkpoint=latest")
-    assert "training pictures was" in caplog.text
+    (tmp_path / "masks" / "dog_2.webp").rename(tmp_path / "masks" / "cat.webp")
+    pictures = read_pictures(script, *folders)["instance"]
+    assert caplog.messages == ["--mask_data_dir has masks without a picture: cat.webp"]
+    loaded = script.load_picture(pictures[2], (64, 64), script.parse_args([*BASE, *folders]))
+    assert pictures[2].mask is None and loaded["token_weights"].tolist() == [1.0] * 16
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_what_is_transparent_in_a_mask_is_not_painted(script: ModuleType, tmp_path: Path, mode: str) -> None:
-    mask = Image.new(mode, (8, 8), (255,) * (len(mode) - 1) + (0,))  # programs may keep white under it
-    mask.paste((255,) * len(mode), (0, 0, 4, 4))
-    mask.save(tmp_path / "mask.png")
-    found = np.asarray(script.open_mask(tmp_path / "mask.png"))
-    assert found.shape == (8, 8) and (found[:4, :4] == 255).all() and found.sum() == 255 * 16
-
-
-def test_the_validation_loss_counts_masks(
-    script: ModuleType, run: Run, folders: tuple[Path, Path], losses: list[float]
-) -> None:
-    flags = [f"--instance_data_dir={folders[0]}", "--validation_loss", "--max_train_steps=1"]
-    run(script, *flags)
-    plain = losses[0]
-    losses.clear()
-    run(script, *flags, f"--mask_data_dir={folders[1]}", "--unmasked_weight=0")
-    assert losses[0] != pytest.approx(plain, rel=1e-3)
+def test_a_mask_of_other_proportions_is_named(script: ModuleType, folders: list[str], tmp_path: Path) -> None:
+    Image.new("L", (77, 60)).save(tmp_path / "masks" / "dog_2.webp")
+    with pytest.raises(script.UsageError, match=r"dog_2\.png: its mask has \(77, 60\) pixels, the picture \(77, 77\)"):
+        read_pictures(script, *folders)

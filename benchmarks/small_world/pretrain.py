@@ -29,7 +29,7 @@ VAE_STEPS = 8000
 STEPS, LR = (12_000, 4000), (1e-3, 7e-4)  # of the transformer, first on ordinary things, then on colourful ones
 SHIFT = 1.6  # of the noise levels, as the sampler's for so few tokens
 OPTIONS = argparse.Namespace(
-    weighting_scheme="none", logit_mean=0.0, logit_std=1.0, mode_scale=1.29, prior_loss_weight=1.0
+    weighting_scheme="none", logit_mean=0.0, logit_std=1.0, mode_scale=1.29, guidance_scale=1.0
 )  # of the loss: plain flow matching
 MEASURED = 1000  # steps between two measurements on the way
 SEEN = 40_000  # pictures that the transformer is trained on; their captions are written anew each time
@@ -185,6 +185,16 @@ def new_transformer(seed: int) -> FluxTransformer2DModel:
     return transformer
 
 
+class Guided:
+    """A transformer with a guidance of its own for each picture, whatever it is called with."""
+
+    def __init__(self, transformer: Any, guidance: Tensor) -> None:
+        self.module, self.guidance = transformer, guidance
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs | {"guidance": self.guidance})
+
+
 def train_transformer(
     pipeline: FluxPipeline, steps: int, seed: int, bf16: bool, colourful: bool, lr: float, batch: int = 64,
     decay: float = 0.998,
@@ -211,10 +221,10 @@ def train_transformer(
         latents = means[chosen] + deviations[chosen] * torch.randn(means[chosen].shape, generator=noises)
         noise = torch.randn(latents.shape, generator=noises)
         sigmas = sample_sigmas([noises] * batch, sigma_table, OPTIONS, SHIFT)
-        guidance, weights = 1 + 3 * torch.rand(batch, generator=noises), torch.full((batch,), 1 / batch)
-        inputs = StepInputs(latents, noise, sigmas, embeds, pooled, guidance, weights, OPTIONS)
+        guided = Guided(compiled, 1 + 3 * torch.rand(batch, generator=noises))
+        inputs = StepInputs(latents, noise, sigmas, embeds, pooled, torch.full((batch,), 1 / batch), OPTIONS)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = training_loss(compiled, inputs)
+            loss = training_loss(guided, inputs)["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
