@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import train_dreambooth_flux as full
 import train_dreambooth_lora_flux as lora
@@ -20,11 +19,7 @@ from tools.memory_plan import GIB
 
 pytestmark = one_script
 
-FLUX = [
-    "--pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev",
-    "--instance_data_dir=dog",
-    "--instance_prompt=x",
-]
+FLUX = ["--pretrained_model_name_or_path=FLUX.1-dev", "--instance_data_dir=dog", "--instance_prompt=x"]
 SMALL = ["--resolution=64", "--max_sequence_length=64"]
 
 
@@ -45,23 +40,19 @@ def test_planning_leaves_the_scripts_as_they_were_imported(script: ModuleType) -
 
 @pytest.mark.parametrize(
     ("script", "flags"),
-    [
-        (lora, ["--base_quantization=int8"]),
-        (full, ["--optimizer=prodigy", "--learning_rate=1"]),
-        (full, ["--use_8bit_adam"]),
-    ],
-    ids=["lora-int8", "full-prodigy", "full-8bit"],
+    [(lora, ["--base_quantization=int8"]), (full, ["--optimizer=prodigy", "--learning_rate=1"])],
+    ids=["lora-int8", "full-prodigy"],
 )
 def test_weights_and_states_are_those_of_a_run(
     script: ModuleType, flags: list[str], run: Run, monkeypatch: pytest.MonkeyPatch, tiny_flux: Path
 ) -> None:
-    held: dict[str, float] = {}
+    held = {}
 
     def count(run: Any) -> None:
         scales = [layer.state for layer in run.transformer.modules() if hasattr(layer, "state")]
         held["weights"] = sum(tensor.nbytes for tensor in [*run.transformer.parameters(), *scales])
         states = torch.utils._pytree.tree_leaves(run.optimizer.state_dict()["state"])
-        held["states"] = sum(state.nbytes for state in states if isinstance(state, Tensor) and state.numel() > 1)
+        held["states"] = sum(state.nbytes for state in states if isinstance(state, torch.Tensor) and state.numel() > 1)
         held["gradients"] = sum(parameter.nbytes for parameter in run.parameters)
 
     monkeypatch.setattr(script, "save_result", count)
@@ -69,8 +60,7 @@ def test_weights_and_states_are_those_of_a_run(
     run(script, *flags)
     plan = plan_of(script, f"--pretrained_model_name_or_path={tiny_flux}", "--cache_latents", *SMALL, *flags)
     training = memory_plan.plan_stages(plan)["training"]
-    assert (training.weights, training.gradients) == (held["weights"], held["gradients"])
-    assert training.states == pytest.approx(held["states"], rel=0.1)  # tables of 8-bit codes, small on a real model
+    assert {name: getattr(training, name) for name in held} == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +117,7 @@ def test_the_command_prints_every_stage_and_whether_it_fits(
 def test_the_flags_that_it_advises_are_accepted_and_make_it_fit(
     script: ModuleType, tiny_flux: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = [
-        f"--pretrained_model_name_or_path={tiny_flux}",
-        *SMALL,
-        "--cache_latents",
-        "--gradient_accumulation_steps=2",
-    ]
+    flags = [f"--pretrained_model_name_or_path={tiny_flux}", *SMALL, "--gradient_accumulation_steps=2"]
     plan = plan_of(script, *flags, "--mixed_precision=no")
     card = memory_plan.CONTEXT + 0.6 * memory_plan.peak_bytes(memory_plan.plan_stages(plan)) / GIB
     advised = memory_plan.find_remedy(plan, card)

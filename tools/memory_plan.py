@@ -297,7 +297,7 @@ def measure_whole(plan: Plan) -> dict[str, Part]:
 def find_whole(plan: Plan) -> dict[str, Part]:
     names = ["mixed_precision", "train_batch_size", "resolution", "gradient_checkpointing", "max_sequence_length"]
     names += ["with_prior_preservation", "prior_from_base_model", "base_quantization", "full_bf16"]
-    names += ["fused_backward_pass"]
+    names += ["fused_backward_pass", "rank", "lora_layers"]
     return plan.once((plan.update, *(str(plan.flag(name)) for name in names)), lambda: measure_whole(plan))
 
 
