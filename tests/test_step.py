@@ -205,3 +205,11 @@ def test_a_run_shifts_what_it_would_have_drawn_by_each_pictures_tokens(
         factor = 3 if flag == "3" else math.exp(0.5 + 0.65 * (tokens - 256) / 3840)
         assert same == tokens
         assert shifted == pytest.approx(factor * sigma / (factor * sigma + 1 - sigma), rel=1e-5) and shifted != sigma
+
+
+def test_tensors_that_are_not_on_the_host_are_not_pinned_again(script: ModuleType) -> None:
+    # Of one process the device is "cuda", and what the VAE has made is on "cuda:0": the two are not equal. Only what is
+    # in host memory can be pinned; tensors without memory stand here for those of a GPU.
+    names = ("latents", "noise", "sigmas", "prompt_embeds", "pooled_prompt_embeds", "loss_weights")
+    inputs = script.StepInputs(**{name: torch.empty(1, device="meta") for name in names}, options=options())
+    assert inputs.to(torch.device("cuda")).latents.device.type == "meta"
