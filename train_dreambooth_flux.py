@@ -48,7 +48,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import re
 import shlex
@@ -271,14 +270,12 @@ def prepare_inputs(run: Run, batch: dict) -> StepInputs:
     shift = flow_shift(args.flow_shift, shape[1] // 2 * (shape[2] // 2), data.scheduler.config)
     generators = [generator_for(seed, "sigma", *draw) for draw in draws]
     text = default_collate([data.prompts[prompt] for prompt in batch["prompts"]])
-    inputs = StepInputs(
-        latents=(sample - data.vae_config.shift_factor) * data.vae_config.scaling_factor,
+    return StepInputs(
+        latents=(sample - data.vae.config.shift_factor) * data.vae.config.scaling_factor,
         noise=draw_normal(shape, seed, "noise", draws),
         sigmas=sample_sigmas(generators, data.scheduler.sigmas, args, shift),
-        prompt_embeds=text.prompt_embeds, pooled_prompt_embeds=text.pooled_prompt_embeds, clip_ids=text.clip_ids,
-        loss_weights=loss_weights, token_weights=batch.get("token_weights"), options=args,
-    )  # fmt: skip
-    return inputs.to(run.accelerator.device)
+        loss_weights=loss_weights, token_weights=batch.get("token_weights"), options=args, **text._asdict(),
+    ).to(run.accelerator.device)  # fmt: skip
 
 
 # ================================================== 2. Flow matching ==================================================
@@ -674,8 +671,7 @@ def make_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, step: i
         args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=steps, num_cycles=args.lr_num_cycles, power=args.lr_power,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch expects an optimizer step before each
+    with warnings.catch_warnings(action="ignore"):  # torch expects an optimizer step before each
         for _ in range(step):
             lr_scheduler.step()
     return lr_scheduler
@@ -706,8 +702,8 @@ def validation_loss(run: Run) -> float:
             sigmas = torch.full((1,), (level + 0.5) / VALIDATION_SIGMAS)
             noise = draw_normal(latents.shape[1:], 0, "validation", [(number, level)])
             inputs = StepInputs(
-                latents=latents, noise=noise, sigmas=sigmas, prompt_embeds=text.prompt_embeds, options=run.args,
-                pooled_prompt_embeds=text.pooled_prompt_embeds, loss_weights=torch.ones(1), token_weights=token_weights,
+                latents=latents, noise=noise, sigmas=sigmas, loss_weights=torch.ones(1), token_weights=token_weights,
+                options=run.args, **text._asdict(),
             )  # fmt: skip
             losses.append(training_loss(transformer, inputs.to(run.accelerator.device))["loss"])
     transformer.train()
@@ -837,8 +833,7 @@ def make_parser() -> argparse.ArgumentParser:
         group.add_argument(name, default=default, help=help, **options)
 
     path = os.path.expanduser  # no shell has replaced the ~ in --flag=~/folder
-    not_negative, count, share = number(float, 0), number(int, 1), number(float, 0, 1)
-    below_one = number(float, 0, 1 - 1e-9)
+    not_negative, below_one, count = number(float, 0), number(float, 0, 1 - 1e-9), number(int, 1)
     schedules, filters = [kind.value for kind in SchedulerType], [kind.name.lower() for kind in Image.Resampling]
     schemes = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
     # fmt: off
@@ -859,7 +854,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--trigger_word", "what {trigger} in prompts stands for; captions without it get it in front")
     add("--mask_data_dir", "folder of masks named like the pictures: white counts fully", path)
     add("--alpha_mask", "take each picture's own transparency as its mask", bool)
-    add("--unmasked_weight", "weight of the loss where a mask is black", share, 0.1)
+    add("--unmasked_weight", "weight of the loss where a mask is black", number(float, 0, 1), 0.1)
     add("--repeats", "how often each picture is seen in an epoch", count, 1)
     add("--resolution", "side in pixels; several (512,768): each that a picture is large enough for", sides, "512")
     add("--aspect_ratio_buckets", "crop to one of 'height,width;...', or auto", bucket_sizes)
@@ -1015,7 +1010,6 @@ def parse_args(argv: list | None = None) -> Namespace:
         args.optimizer = "adamw8bit"
     if args.enable_npu_flash_attention:
         args.attention_backend = "_native_npu"
-    args.resolution = list(dict.fromkeys(args.resolution))
     size = args.validation_resolution or args.resolution[:1]
     args.validation_resolution = (size[0], size[-1])
     word = args.trigger_word or "{trigger}"
@@ -1097,7 +1091,7 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
     images = dataset[args.image_column]
     pictures = []
     for row, caption in enumerate(captions):
-        open_picture: Any = functools.partial(operator.getitem, images, row)
+        open_picture = functools.partial(images.__getitem__, row)
         pictures.append(Picture(f"row {row}", open_picture, (caption or args.instance_prompt,)))
     return pictures
 
@@ -1496,8 +1490,7 @@ class TrainingData:
 
     dataset: DreamBoothDataset
     prompts: dict[str, PromptEmbeds]
-    vae: Any  # AutoencoderKL, or None when nothing needs it any more
-    vae_config: Any  # its numbers outlive it
+    vae: AutoencoderKL  # on the CPU with cached latents
     validation: list[tuple]  # prompt, latents, token weights for the validation loss
     scheduler: FlowMatchEulerDiscreteScheduler  # the table of sigmas, and the constants of --flow_shift=dynamic
     schedule: MicroBatches
@@ -1523,7 +1516,6 @@ class Run:
 
     @functools.cached_property
     def parameters(self) -> list:
-        """All that is trained."""
         return list(itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups))
 
     def asked_to_stop(self) -> bool:
@@ -1536,8 +1528,6 @@ class Run:
         logger.warning(f"Stopped by signal {received}; {message}")
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        if self.accelerator.num_processes > 1 or self.signals.launcher_is_gone():
-            os._exit(128 + received)  # they would wait for each other, or for torch's store
         raise SystemExit(128 + received)
 
     def check_finite(self, loss: float, grad_norm: Tensor) -> None:
@@ -1563,19 +1553,18 @@ def prepare_data(
         encoded = encode_prompts(args, accelerator, prompts, PRECISIONS[accelerator.mixed_precision])
     with stage(accelerator, "Encoding the pictures"):
         vae = load_vae(args, accelerator)
-        vae_config = vae.config
         validation = []
         for picture in held_out:  # centre crop, mean of the posterior: nothing random
             size = nearest_size(picture.size, training_sizes(args, args.resolution[0]))
             loaded = default_collate([load_picture(picture, size, args)])
             mean = encode_pixels(vae, loaded["pixels"])[:, 0].cpu()
-            latents = (mean - vae_config.shift_factor) * vae_config.scaling_factor
+            latents = (mean - vae.config.shift_factor) * vae.config.scaling_factor
             validation.append((picture.prompts[0], latents, loaded.get("token_weights")))
         if args.cache_latents:
             cache_latents(vae, dataset)
-            vae = vae.to("cpu") if args.validation_prompt else None
+            vae.to("cpu")
     scheduler = from_base(FlowMatchEulerDiscreteScheduler, args, subfolder="scheduler")
-    return TrainingData(dataset, encoded, vae, vae_config, validation, scheduler, schedule)
+    return TrainingData(dataset, encoded, vae, validation, scheduler, schedule)
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
@@ -1662,6 +1651,17 @@ def prepare_training(args: Namespace, accelerator: Accelerator, data: TrainingDa
             run.text_encoder = accelerator.prepare_model(text_encoder, evaluation_mode=no_ddp)
         run.optimizer = accelerator.prepare(optimizer)
     vars(unwrap(run.transformer)).pop("forward", None)  # autocast around the whole; see `load_transformer`
+    compiled_forward = transformer.forward
+
+    def forward(*args: Any, **options: Any) -> Any:
+        try:
+            return compiled_forward(*args, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:  # whatever fails for one graph fails for others
+            logger.warning(f"Compiling failed, and the blocks go on uncompiled: {error}")
+            torch.compiler.set_stance("force_eager")
+            return compiled_forward(*args, **options)
+
+    transformer.forward = forward
     register_state_hooks(accelerator)
     return run
 
@@ -1774,9 +1774,8 @@ PARTIAL = ".partial-"  # begins the names of what is being written
 FITTING_FLAGS = {"train_text_encoder", "optimizer", "full_bf16", "fused_backward_pass"}  # else the state does not fit
 FREE_FLAGS = {  # a resumed run may change these without a warning
     "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "gradient_checkpointing",
-    "hub_model_id", "logging_dir", "num_validation_images", "output_dir", "push_to_hub",
-    "report_to", "resume_from_checkpoint", "seed", "skip_final_inference", "validation_epochs", "validation_prompt",
-    "validation_steps",
+    "hub_model_id", "logging_dir", "num_validation_images", "output_dir", "push_to_hub", "report_to", "seed",
+    "resume_from_checkpoint", "skip_final_inference", "validation_epochs", "validation_prompt", "validation_steps",
 }  # fmt: skip
 
 

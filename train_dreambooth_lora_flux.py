@@ -48,7 +48,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import re
 import shlex
@@ -244,7 +243,7 @@ class StepInputs:
     sigmas: Tensor  # (B,), float32
     prompt_embeds: Tensor  # (B, T, D), from T5, in the precision in which the model runs
     pooled_prompt_embeds: Tensor  # (B, P), from CLIP; if that is trained, `train` replaces it
-    loss_weights: Tensor  # (B,): 1 / instance pictures of the step; in a second half times --prior_loss_weight
+    loss_weights: Tensor  # (B,): 1 / instance pictures of the step; in a second half times the prior's weight
     options: Namespace  # every flag by its name
     clip_ids: Any = None  # (B, 77), for a CLIP that is trained
     token_weights: Tensor | None = None  # (B, L), of masks, if there are any
@@ -257,8 +256,6 @@ class StepInputs:
                 if device.type == "cuda":
                     value = value.pin_memory()
                 setattr(self, name, value.to(device, non_blocking=True))
-        if self.base_inputs is not None:
-            self.base_inputs.to(device)
         return self
 
 
@@ -279,32 +276,29 @@ def prepare_inputs(run: Run, batch: dict) -> StepInputs:
     generators = [generator_for(seed, "sigma", *draw) for draw in draws]
     text = default_collate([data.prompts[prompt] for prompt in batch["prompts"]])
     inputs = StepInputs(
-        latents=(sample - data.vae_config.shift_factor) * data.vae_config.scaling_factor,
+        latents=(sample - data.vae.config.shift_factor) * data.vae.config.scaling_factor,
         noise=draw_normal(shape, seed, "noise", draws),
         sigmas=sample_sigmas(generators, data.scheduler.sigmas, args, shift),
-        prompt_embeds=text.prompt_embeds, pooled_prompt_embeds=text.pooled_prompt_embeds, clip_ids=text.clip_ids,
-        loss_weights=loss_weights, token_weights=batch.get("token_weights"), options=args,
-    )  # fmt: skip
-    if args.prior_from_base_model:
+        loss_weights=loss_weights, token_weights=batch.get("token_weights"), options=args, **text._asdict(),
+    ).to(run.accelerator.device)  # fmt: skip
+    period = round(1 / args.prior_share)  # steps, of which one has the prior, the same on all processes
+    drawn = torch.randint(period, (), generator=generator_for(seed, "prior", run.state.step // period))
+    if args.prior_from_base_model and drawn == run.state.step % period:
         prompts = [prior_prompt(args, prompt) for prompt in batch["prompts"]]
         inputs = add_base_prior(inputs, default_collate([data.prompts[prompt] for prompt in prompts]))
-    return inputs.to(run.accelerator.device)
+    return inputs
 
 
-def add_base_prior(inputs: StepInputs, class_text: PromptEmbeds) -> StepInputs:
-    """Repeat the B pictures with the B prompts of `class_text`; there the base's own velocity becomes the target."""
-    prompt_embeds, pooled_prompt_embeds, clip_ids = class_text
-    doubled = replace(
-        inputs,
-        latents=torch.cat([inputs.latents, inputs.latents]), noise=torch.cat([inputs.noise, inputs.noise]),
-        sigmas=torch.cat([inputs.sigmas, inputs.sigmas]), clip_ids=torch.cat([inputs.clip_ids, clip_ids]),
-        prompt_embeds=torch.cat([inputs.prompt_embeds, prompt_embeds]),
-        pooled_prompt_embeds=torch.cat([inputs.pooled_prompt_embeds, pooled_prompt_embeds]),
-        loss_weights=torch.cat([inputs.loss_weights, inputs.options.prior_loss_weight * inputs.loss_weights]),
-        base_inputs=replace(inputs, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds),
-    )  # fmt: skip
-    if inputs.token_weights is not None:  # a mask does not count in the prior
-        doubled.token_weights = torch.cat([inputs.token_weights, torch.ones_like(inputs.token_weights)])
+def add_base_prior(inputs: StepInputs, text: PromptEmbeds) -> StepInputs:
+    """Repeat the B pictures with the B prompts of `text`; there the base's own velocity becomes the target."""
+    weights = inputs.loss_weights * (inputs.options.prior_loss_weight / inputs.options.prior_share)
+    prior = replace(inputs, **text._asdict(), loss_weights=weights).to(inputs.latents.device)
+    if inputs.token_weights is not None:
+        prior.token_weights = torch.ones_like(inputs.token_weights)  # a mask does not count in the prior
+    doubled = replace(inputs, base_inputs=prior)
+    for name, value in vars(inputs).items():
+        if isinstance(value, Tensor):
+            setattr(doubled, name, torch.cat([value, getattr(prior, name)]))
     return doubled
 
 
@@ -324,8 +318,7 @@ def prior_prompt(args: Namespace, prompt: str) -> str:
 def training_loss(transformer: nn.Module, inputs: StepInputs) -> dict[str, Tensor]:
     """From latents, noise and sigmas to the loss of a micro-batch, in training and validation (of one picture) alike.
 
-    With prior preservation the second half of each tensor is of class pictures.
-    With `--prior_from_base_model` the second half is the same pictures again, with the base's velocity as the target.
+    With prior preservation the second half of each tensor is the prior's; its target may be the base's velocity.
 
     Returns scalars by name, each a sum over the pictures times `loss_weights`: "loss" is minimized and logged, any
     other is only logged under its name, and need not be there in every micro-batch.
@@ -336,7 +329,12 @@ def training_loss(transformer: nn.Module, inputs: StepInputs) -> dict[str, Tenso
         target = torch.cat([instance_target, predict_base_velocity(transformer, inputs.base_inputs)])
     velocity = predict_velocity(transformer, inputs)
     losses = flow_matching_loss(velocity, target, inputs.sigmas, inputs.options, inputs.token_weights)
-    return {"loss": (inputs.loss_weights * losses).sum()}
+    losses = inputs.loss_weights * losses
+    named = {"loss": losses.sum()}
+    if inputs.base_inputs is not None:
+        instance_losses, prior_losses = losses.chunk(2)
+        named |= {"instance_loss": instance_losses.sum(), "prior_loss": prior_losses.sum()}
+    return named
 
 
 def flow_matching_loss(
@@ -374,7 +372,7 @@ def predict_velocity(transformer: nn.Module, inputs: StepInputs) -> Tensor:
 @torch.no_grad()
 def predict_base_velocity(transformer: nn.Module, inputs: StepInputs) -> Tensor:
     """What the model predicts with neither its adapters nor CLIP's: (B, L, 4C)."""
-    adapters: list = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    adapters = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     for adapter in adapters:
         adapter._disable_adapters = True  # peft's own switch would also set requires_grad, under which DDP fails
     velocity = predict_velocity(transformer, inputs)
@@ -666,9 +664,7 @@ def add_adapter(args: Namespace, model: Any, targets: list[str], accelerator: Ac
     """
     if args.init_lora:
         state, alphas, metadata = read_lora(args)
-        load = FluxPipeline.load_lora_into_transformer
-        if component_name(model) == "text_encoder":
-            load = FluxPipeline.load_lora_into_text_encoder
+        load = getattr(FluxPipeline, f"load_lora_into_{component_name(model)}")
         load(dict(state), alphas, model, adapter_name="default", metadata=metadata)
         model.set_adapter("default")  # transformers has frozen it
         cast_training_params(model, torch.float32)
@@ -737,8 +733,7 @@ def make_lr_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, step: i
         args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=steps, num_cycles=args.lr_num_cycles, power=args.lr_power,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch expects an optimizer step before each
+    with warnings.catch_warnings(action="ignore"):  # torch expects an optimizer step before each
         for _ in range(step):
             lr_scheduler.step()
     return lr_scheduler
@@ -769,8 +764,8 @@ def validation_loss(run: Run) -> float:
             sigmas = torch.full((1,), (level + 0.5) / VALIDATION_SIGMAS)
             noise = draw_normal(latents.shape[1:], 0, "validation", [(number, level)])
             inputs = StepInputs(
-                latents=latents, noise=noise, sigmas=sigmas, prompt_embeds=text.prompt_embeds, options=run.args,
-                pooled_prompt_embeds=text.pooled_prompt_embeds, loss_weights=torch.ones(1), token_weights=token_weights,
+                latents=latents, noise=noise, sigmas=sigmas, loss_weights=torch.ones(1), token_weights=token_weights,
+                options=run.args, **text._asdict(),
             )  # fmt: skip
             losses.append(training_loss(transformer, inputs.to(run.accelerator.device))["loss"])
     transformer.train()
@@ -899,8 +894,7 @@ def make_parser() -> argparse.ArgumentParser:
         group.add_argument(name, default=default, help=help, **options)
 
     path = os.path.expanduser  # no shell has replaced the ~ in --flag=~/folder
-    not_negative, count, share = number(float, 0), number(int, 1), number(float, 0, 1)
-    below_one = number(float, 0, 1 - 1e-9)
+    not_negative, below_one, count = number(float, 0), number(float, 0, 1 - 1e-9), number(int, 1)
     schedules, filters = [kind.value for kind in SchedulerType], [kind.name.lower() for kind in Image.Resampling]
     schemes = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
     # fmt: off
@@ -921,7 +915,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--trigger_word", "what {trigger} in prompts stands for; captions without it get it in front")
     add("--mask_data_dir", "folder of masks named like the pictures: white counts fully", path)
     add("--alpha_mask", "take each picture's own transparency as its mask", bool)
-    add("--unmasked_weight", "weight of the loss where a mask is black", share, 0.1)
+    add("--unmasked_weight", "weight of the loss where a mask is black", number(float, 0, 1), 0.1)
     add("--repeats", "how often each picture is seen in an epoch", count, 1)
     add("--resolution", "side in pixels; several (512,768): each that a picture is large enough for", sides, "512")
     add("--aspect_ratio_buckets", "crop to one of 'height,width;...', or auto", bucket_sizes)
@@ -1010,6 +1004,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lora_dropout", "dropout in front of the adapters", below_one, 0.0)
     add("--lora_layers", "ends of the layers' names, with commas", lambda text: text.replace(",", " ").split())
     add("--prior_from_base_model", "a prior without class pictures: what the base predicts", bool)
+    add("--prior_share", "share of the steps with this prior; divides its weight", float, 1.0, choices=[1, 0.5, 0.25])
     add("--class_word", "instead of --class_prompt: each picture's own, with this for --trigger_word")
     add("--base_quantization", "frozen weights in 8 or 4 bits", ["none", "int8", "nf4"], "none")
     add("--blocks_to_swap", "blocks whose frozen weights wait in host memory", number(int, 0), 0)
@@ -1064,9 +1059,11 @@ def own_problems(args: Namespace) -> Iterator[str]:
         yield "give one of --prior_from_base_model and --with_prior_preservation"
     if args.prior_from_base_model and bool(args.class_prompt) == bool(args.class_word):
         yield "--prior_from_base_model needs one of --class_prompt and --class_word"
+    if (args.class_word or args.prior_share < 1) and not args.prior_from_base_model:
+        yield "--class_word and --prior_share need --prior_from_base_model"
     prompt = args.instance_prompt or args.trigger_word
-    if args.class_word and not (args.prior_from_base_model and args.trigger_word and args.trigger_word in prompt):
-        yield "--class_word needs --prior_from_base_model and --trigger_word: write {trigger} into --instance_prompt"
+    if args.class_word and not (args.trigger_word and args.trigger_word in prompt):
+        yield "--class_word needs --trigger_word: write {trigger} into --instance_prompt"
     if args.init_lora and (args.lora_layers or args.lora_dropout):
         yield "--init_lora brings its own layers: leave out --lora_layers and --lora_dropout"
     if args.blocks_to_swap and not args.gradient_checkpointing:
@@ -1086,7 +1083,6 @@ def parse_args(argv: list | None = None) -> Namespace:
         args.optimizer = "adamw8bit"
     if args.enable_npu_flash_attention:
         args.attention_backend = "_native_npu"
-    args.resolution = list(dict.fromkeys(args.resolution))
     size = args.validation_resolution or args.resolution[:1]
     args.validation_resolution = (size[0], size[-1])
     word = args.trigger_word or "{trigger}"
@@ -1168,7 +1164,7 @@ def pictures_in_dataset(args: Namespace) -> list[Picture]:
     images = dataset[args.image_column]
     pictures = []
     for row, caption in enumerate(captions):
-        open_picture: Any = functools.partial(operator.getitem, images, row)
+        open_picture = functools.partial(images.__getitem__, row)
         pictures.append(Picture(f"row {row}", open_picture, (caption or args.instance_prompt,)))
     return pictures
 
@@ -1589,8 +1585,7 @@ class TrainingData:
 
     dataset: DreamBoothDataset
     prompts: dict[str, PromptEmbeds]
-    vae: Any  # AutoencoderKL, or None when nothing needs it any more
-    vae_config: Any  # its numbers outlive it
+    vae: AutoencoderKL  # on the CPU with cached latents
     validation: list[tuple]  # prompt, latents, token weights for the validation loss
     scheduler: FlowMatchEulerDiscreteScheduler  # the table of sigmas, and the constants of --flow_shift=dynamic
     schedule: MicroBatches
@@ -1616,7 +1611,6 @@ class Run:
 
     @functools.cached_property
     def parameters(self) -> list:
-        """All that is trained."""
         return list(itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups))
 
     def asked_to_stop(self) -> bool:
@@ -1629,8 +1623,6 @@ class Run:
         logger.warning(f"Stopped by signal {received}; {message}")
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        if self.accelerator.num_processes > 1 or self.signals.launcher_is_gone():
-            os._exit(128 + received)  # they would wait for each other, or for torch's store
         raise SystemExit(128 + received)
 
     def check_finite(self, loss: float, grad_norm: Tensor) -> None:
@@ -1658,19 +1650,18 @@ def prepare_data(
         encoded = encode_prompts(args, accelerator, prompts, PRECISIONS[accelerator.mixed_precision])
     with stage(accelerator, "Encoding the pictures"):
         vae = load_vae(args, accelerator)
-        vae_config = vae.config
         validation = []
         for picture in held_out:  # centre crop, mean of the posterior: nothing random
             size = nearest_size(picture.size, training_sizes(args, args.resolution[0]))
             loaded = default_collate([load_picture(picture, size, args)])
             mean = encode_pixels(vae, loaded["pixels"])[:, 0].cpu()
-            latents = (mean - vae_config.shift_factor) * vae_config.scaling_factor
+            latents = (mean - vae.config.shift_factor) * vae.config.scaling_factor
             validation.append((picture.prompts[0], latents, loaded.get("token_weights")))
         if args.cache_latents:
             cache_latents(vae, dataset)
-            vae = vae.to("cpu") if args.validation_prompt else None
+            vae.to("cpu")
     scheduler = from_base(FlowMatchEulerDiscreteScheduler, args, subfolder="scheduler")
-    return TrainingData(dataset, encoded, vae, vae_config, validation, scheduler, schedule)
+    return TrainingData(dataset, encoded, vae, validation, scheduler, schedule)
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
@@ -1718,6 +1709,17 @@ def prepare_training(args: Namespace, accelerator: Accelerator, data: TrainingDa
         run.text_encoder = accelerator.prepare(text_encoder)
     for model in run.models:  # remove accelerate's autocast around the whole model; `add_adapter` has its own
         vars(unwrap(model)).pop("forward", None)
+    compiled_forward = transformer.forward
+
+    def forward(*args: Any, **options: Any) -> Any:
+        try:
+            return compiled_forward(*args, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:  # whatever fails for one graph fails for others
+            logger.warning(f"Compiling failed, and the blocks go on uncompiled: {error}")
+            torch.compiler.set_stance("force_eager")
+            return compiled_forward(*args, **options)
+
+    transformer.forward = forward
     register_state_hooks(accelerator)
     return run
 
@@ -1763,16 +1765,17 @@ def check_model(args: Namespace) -> None:
         if not any(layer.endswith(f".{target}") for layer in layers):
             raise UsageError(f"--lora_layers: no linear layer's name ends in {target}")
     if args.init_lora:
-        state, _, _ = read_lora(args)
-        ranks = {weights.shape[0] for layer, weights in state.items() if "lora_A" in layer}
-        logger.warning(f"--init_lora brings its layers, rank {ranks} and alpha: --rank and --lora_alpha have no effect")
+        read_lora(args)
+        logger.warning("--init_lora brings its layers, rank and alpha: --rank and --lora_alpha have no effect")
 
 
 def read_lora(args: Namespace) -> tuple:
     """The layers of `--init_lora` in peft's names, its alphas and metadata; a UsageError if it does not load."""
-    options = {"cache_dir": args.cache_dir, "token": args.hub_token, "return_alphas": True}
     try:
-        state, alphas, metadata = FluxPipeline.lora_state_dict(args.init_lora, return_lora_metadata=True, **options)
+        state, alphas, metadata = FluxPipeline.lora_state_dict(
+            args.init_lora, cache_dir=args.cache_dir, token=args.hub_token, return_alphas=True,
+            return_lora_metadata=True,
+        )  # fmt: skip
         clip = {name: state.pop(name) for name in list(state) if name.startswith("text_encoder.")}
         if clip:  # a file of kohya's has the names of diffusers' first versions
             state.update(convert_state_dict_to_peft(convert_state_dict_to_diffusers(clip)))
@@ -1842,9 +1845,8 @@ PARTIAL = ".partial-"  # begins the names of what is being written
 FITTING_FLAGS = {"rank", "lora_layers", "init_lora", "train_text_encoder", "optimizer"}  # else the state does not fit
 FREE_FLAGS = {  # a resumed run may change these without a warning
     "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "gradient_checkpointing",
-    "hub_model_id", "logging_dir", "num_validation_images", "output_dir", "push_to_hub",
-    "report_to", "resume_from_checkpoint", "seed", "skip_final_inference", "validation_epochs", "validation_prompt",
-    "validation_steps",
+    "hub_model_id", "logging_dir", "num_validation_images", "output_dir", "push_to_hub", "report_to", "seed",
+    "resume_from_checkpoint", "skip_final_inference", "validation_epochs", "validation_prompt", "validation_steps",
 }  # fmt: skip
 
 
@@ -1896,8 +1898,7 @@ def register_state_hooks(accelerator: Accelerator) -> None:
 
     def load_hook(models: list, folder: str) -> None:
         while models:
-            model = unwrap(models.pop())
-            set_adapters(model, load_file(Path(folder) / LORA_FILE))
+            set_adapters(unwrap(models.pop()), load_file(Path(folder) / LORA_FILE))
 
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)

@@ -380,7 +380,7 @@ def fake_array(self: Tensor, **options: Any) -> np.ndarray:
     return np.zeros(tuple(self.shape), str(self.dtype)[6:]) if isinstance(self, FakeTensor) else NUMPY(self, **options)
 
 
-TOLIST, NUMPY = FakeTensor.tolist, Tensor.numpy
+TOLIST, NUMPY, RANDINT = FakeTensor.tolist, Tensor.numpy, torch.randint
 
 
 def pretend(card: Card) -> None:
@@ -499,6 +499,12 @@ def simulate(script: ModuleType, flags: list[str], size: str = "dev", steps: int
         with _disable_current_modes():
             return cut_epoch(self, epoch)
 
+    def randint(*given: Any, **options: Any) -> Any:  # so are crops, and the steps with a prior
+        if "device" in options:
+            return RANDINT(*given, **options)
+        with _disable_current_modes():
+            return int(RANDINT(*given, **options))
+
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         write_inputs(folder)
@@ -519,6 +525,8 @@ def simulate(script: ModuleType, flags: list[str], size: str = "dev", steps: int
         script.MicroBatches.cut_epoch = cut
         stack.callback(vars(script).update, before)
         stack.callback(setattr, script.MicroBatches, "cut_epoch", cut_epoch)
+        torch.randint = randint
+        stack.callback(setattr, torch, "randint", RANDINT)
         AcceleratorState._reset_state(reset_partial_state=True)
         with FakeTensorMode(allow_non_fake_inputs=True), DEVICE:
             script.main(args)

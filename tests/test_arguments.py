@@ -174,6 +174,7 @@ OWN = {
         f"--prior_from_base_model {PRIOR}": "--prior_from_base_model --with_prior_preservation",
         "--prior_from_base_model": "--prior_from_base_model --class_prompt --class_word",
         "--prior_from_base_model --class_word=dog": "--class_word --trigger_word",
+        f"--prior_share=0.5 {PRIOR}": "--prior_share --prior_from_base_model",
         "--init_lora=x --lora_layers=attn.to_q": "--init_lora --lora_layers",
         "--blocks_to_swap=1": "--blocks_to_swap --gradient_checkpointing",
     },
@@ -224,8 +225,8 @@ def test_the_edge_of_a_range_is_inside(script: ModuleType) -> None:
     assert script.parse_args([*BASE, "--optimizer=Prodigy", "--learning_rate=0.1"]).learning_rate == 0.1
 
 
-def test_resolutions_are_whole_tokens_and_count_once(script: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
-    assert script.parse_args([*BASE, "--resolution=64,32,64"]).resolution == [64, 32] and caplog.messages == []
+def test_resolutions_are_whole_tokens(script: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    assert script.parse_args([*BASE, "--resolution=64,32"]).resolution == [64, 32] and caplog.messages == []
     args = script.parse_args([*BASE, "--resolution=500,512", "--validation_resolution=64x32"])
     assert (args.resolution, args.validation_resolution) == ([496, 512], (64, 32))
     assert ["500,512" in told and "[496, 512]" in told for told in caplog.messages] == [True]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -61,10 +61,22 @@ def test_the_class_prompt_sees_the_same_noisy_pictures(run: Run, steps: list[tup
         assert both.loss_weights.tolist() == pytest.approx([0.5, 0.5, 0.35, 0.35])
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_loss_and_its_gradient_are_those_of_two_models(tiny_flux: Path, masked: bool) -> None:
-    """The adapted model and a copy of the base beside it, in float64; a mask weighs the subject alone."""
-    base = FluxTransformer2DModel.from_pretrained(tiny_flux, subfolder="transformer", torch_dtype=torch.float64)
+def test_a_share_of_the_steps_has_the_prior_with_its_weight_divided_and_logs_its_two_parts(
+    run: Run, steps: list[script.StepInputs], logged: list[dict[str, float]]
+) -> None:
+    run(script, *PRIOR, "--prior_share=0.25", "--prior_loss_weight=0.5", "--max_train_steps=12", "--learning_rate=1e-2")
+    has_prior = [inputs.base_inputs is not None for inputs in steps]
+    assert [sum(has_prior[start : start + 4]) for start in (0, 4, 8)] == [1, 1, 1] and has_prior[:8] != has_prior[4:]
+    for inputs, values, wanted in zip(steps, logged, has_prior, strict=True):
+        assert inputs.loss_weights.tolist() == ([1.0, 2.0] if wanted else [1.0])
+        assert len(inputs.latents) == len(inputs.prompt_embeds) == len(inputs.loss_weights)
+        parts = [values[name] for name in ("instance_loss", "prior_loss") if name in values]
+        assert len(parts) == 2 * wanted and (not wanted or values["loss"] == pytest.approx(sum(parts), rel=1e-6))
+    assert logged[has_prior.index(True, 4)]["prior_loss"] > 1e-5
+
+
+def adapted_copy(base: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """A copy of a model in float64, with random adapters."""
     adapted = copy.deepcopy(base).requires_grad_(False)
     args = Namespace(init_lora=None, rank=2, lora_alpha=3, lora_dropout=0.0)
     script.add_adapter(args, adapted, script.TRANSFORMER_TARGETS, Namespace(mixed_precision="no"), 0)
@@ -72,12 +84,48 @@ def test_the_loss_and_its_gradient_are_those_of_two_models(tiny_flux: Path, mask
     for name, parameter in adapted.named_parameters():
         if "lora" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 10
+    return adapted
+
+
+@pytest.mark.parametrize("share", ["0.5", "0.25"])
+def test_over_200_steps_the_gradient_is_that_of_the_prior_in_all_of_them(share: str, tiny_flux: Path) -> None:
+    adapted = adapted_copy(FluxTransformer2DModel.from_pretrained(tiny_flux, subfolder="transformer").double())
+    text = {}
+    for count, name in enumerate(["own", "class"], start=1):
+        step = random_step(count, False, torch.float64)
+        text[name] = script.PromptEmbeds(step["prompt_embeds"][0], step["pooled_prompt_embeds"][0], torch.zeros(77))
+    vae = Namespace(config=Namespace(shift_factor=0.1, scaling_factor=0.4))
+    data = Namespace(prompts=text, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler())
+    batch = {"keys": [script.ExampleKey(0, 0, 0, 1.0, True)], "prompts": ["own"], "loss_weights": torch.ones(1)}
+    batch["posterior"] = torch.rand(1, 2, 16, 4, 6, generator=torch.Generator().manual_seed(1))
+    flags = ["--pretrained_model_name_or_path=x", "--instance_data_dir=y", "--instance_prompt=own", PRIOR[0]]
+
+    def gradient_of(share: str, step: int) -> Tensor:
+        args = script.parse_args([*flags, "--class_prompt=class", f"--prior_share={share}"])
+        accelerator, state = Namespace(device=torch.device("cpu")), Namespace(seed=5, step=step)
+        run: Any = Namespace(args=args, data=data, state=state, accelerator=accelerator)
+        adapted.zero_grad()
+        script.training_loss(adapted, script.prepare_inputs(run, batch))["loss"].backward()
+        return torch.cat([weight.grad.flatten() for weight in adapted.parameters() if weight.requires_grad])
+
+    wanted = gradient_of("1", 0)
+    first = gradient_of(share, 0)
+    mean = sum(gradient_of(share, step) for step in range(200)) / 200
+    assert (first - wanted).norm() > 0.1 * wanted.norm() and (mean - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_and_its_gradient_are_those_of_two_models(tiny_flux: Path, masked: bool) -> None:
+    """The adapted model and a copy of the base beside it, in float64; a mask weighs the subject alone."""
+    base = FluxTransformer2DModel.from_pretrained(tiny_flux, subfolder="transformer", torch_dtype=torch.float64)
+    adapted, generator = adapted_copy(base), torch.Generator().manual_seed(0)
     own, prior = random_step(2, False, torch.float64), random_step(3, False, torch.float64)
     class_text = script.PromptEmbeds(prior["prompt_embeds"][:2], prior["pooled_prompt_embeds"][:2], torch.zeros(2, 77))
     token_weights = torch.rand(2, 6, generator=generator) if masked else None
     inputs = script.StepInputs(
-        **own, options=options(prior_loss_weight=0.7), clip_ids=torch.zeros(2, 77), token_weights=token_weights
-    )
+        **own, clip_ids=torch.zeros(2, 77), token_weights=token_weights,
+        options=options(prior_loss_weight=0.7, prior_share=1.0),
+    )  # fmt: skip
     doubled = script.add_base_prior(inputs, class_text)
     trained_clip = prior["pooled_prompt_embeds"][1:]
     doubled.pooled_prompt_embeds = torch.cat([own["pooled_prompt_embeds"], trained_clip])  # as `train` replaces it
@@ -150,6 +198,7 @@ def test_with_all_that_is_off_by_default_a_resumed_run_is_bit_for_bit_the_run_ne
         "--aspect_ratio_buckets=auto", "--cache_latents", "--random_flip", "--validation_resolution=48",
         "--validation_prompt=a {trigger} dog", "--validation_loss", "--gradient_checkpointing", "--blocks_to_swap=1",
         "--base_quantization=int8", "--checkpointing_steps=2", "--lora_dropout=0.2", "--gradient_accumulation_steps=2",
+        "--prior_share=0.5",
     )  # fmt: skip
     whole = run(script, *flags, "--max_train_steps=4", f"--output_dir={tmp_path / 'whole'}")
     run(script, *flags)

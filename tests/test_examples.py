@@ -220,8 +220,8 @@ def step_inputs(script: ModuleType, dataset: Any, batch: dict[str, Any], seed: i
     scheduler = FlowMatchEulerDiscreteScheduler()
     run: Any = SimpleNamespace(
         args=flags(script, "--prior_loss_weight=0.5"),
-        data=SimpleNamespace(dataset=dataset, prompts=prompts, vae_config=config, scheduler=scheduler),
-        state=SimpleNamespace(seed=seed),
+        data=SimpleNamespace(dataset=dataset, prompts=prompts, vae=SimpleNamespace(config=config), scheduler=scheduler),
+        state=SimpleNamespace(seed=seed, step=0),
         accelerator=SimpleNamespace(device=torch.device("cpu")),
     )
     return script.prepare_inputs(run, batch)

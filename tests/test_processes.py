@@ -30,8 +30,12 @@ MUCH = [
 CASES: dict[str, tuple[str, list[str], int]] = {  # script, flags, micro-batches of a step
     "lora": ("lora", [], 1),
     "lora, much": ("lora", MUCH, 2),
-    # The base as the prior is nothing before the first update, and little after small ones.
-    "lora, base prior": ("lora", ["--prior_from_base_model", "--class_prompt=a pet", "--prior_loss_weight=100"], 1),
+    # The base as the prior is nothing before the first update, and little after small ones; steps 2 and 4 have it.
+    "lora, base prior": (
+        "lora",
+        ["--prior_from_base_model", "--class_prompt=a pet", "--prior_loss_weight=50", "--prior_share=0.5"],
+        1,
+    ),
     "full": ("full", [], 1),
     "full, much": ("full", MUCH, 2),
     "full, fused": ("full", ["--fused_backward_pass"], 1),  # a step inside the backward pass shares its gradients too
@@ -127,8 +131,9 @@ def test_two_processes_train_and_log_what_one_does_on_larger_batches_or_with_mor
 
 
 def test_the_prior_counts_in_what_two_processes_are_compared_with(pairs: dict[str, Trained]) -> None:
-    with_prior, plain = (pairs[case].records[0]["logged"][3]["loss"] for case in ("lora, base prior", "lora"))
-    assert abs(with_prior / plain - 1) > 1e-3
+    logged, plain = (pairs[case].records[0]["logged"] for case in ("lora, base prior", "lora"))
+    assert ["prior_loss" in values for values in logged] == [False, True, False, True]
+    assert abs(logged[3]["loss"] / plain[3]["loss"] - 1) > 1e-3
 
 
 @pytest.mark.parametrize("case", ["lora", "lora, much", "full, much", "full, fused"])
