@@ -5,7 +5,7 @@
     python -m benchmarks.small_world.table --list                           # the rows and their flags
 
 Every run is appended to teaching/runs.jsonl as it ends: started again, it goes on where it was stopped. All rows train
-for the same number of steps, of four pictures each.
+on as many pictures: four in each of --steps, or one in each of 2,000 steps.
 """
 
 import argparse
@@ -42,6 +42,7 @@ FULL = [*COMMON, "--learning_rate=3e-4"]
 PRIOR = ["--with_prior_preservation", "--num_class_images=48", "--sample_batch_size=48"]
 BASE = ["--prior_from_base_model", f"--trigger_word={RARE_WORD} KIND", "--class_word=a KIND"]
 CAPTIONS = ["--caption_extension=.txt"]  # which say the place
+ONE = [*LORA, *BASE, *CAPTIONS, "--train_batch_size=1", "--max_train_steps=2000", "--learning_rate=5e-4"]
 OWN = ["--skip_final_inference", "--checkpointing_steps=100000"]  # not known to other scripts
 
 ROWS: dict[str, tuple[str, list[str], int]] = {  # name: script, its flags, pictures of the subject; later flags win
@@ -49,6 +50,11 @@ ROWS: dict[str, tuple[str, list[str], int]] = {  # name: script, its flags, pict
     "LoRA, no prior": ("lora", [*LORA, *CAPTIONS], PICTURES),
     "LoRA, one class prompt": ("lora", [*LORA, "--prior_from_base_model", *CAPTIONS], PICTURES),
     "LoRA, class pictures": ("lora", [*LORA, *PRIOR, *CAPTIONS], PICTURES),
+    "LoRA, prior in half of the steps": ("lora", [*LORA, *BASE, *CAPTIONS, "--prior_share=0.5"], PICTURES),
+    "LoRA, prior in a quarter": ("lora", [*LORA, *BASE, *CAPTIONS, "--prior_share=0.25"], PICTURES),
+    "LoRA, one picture a step": ("lora", ONE, PICTURES),
+    "LoRA, one picture a step, prior in half": ("lora", [*ONE, "--prior_share=0.5"], PICTURES),
+    "LoRA, one picture a step, prior in a quarter": ("lora", [*ONE, "--prior_share=0.25"], PICTURES),
     "LoRA, a prior of 0.3": ("lora", [*LORA, *BASE, *CAPTIONS, "--prior_loss_weight=0.3"], PICTURES),
     "LoRA, mirrored": ("lora", [*LORA, *BASE, *CAPTIONS, "--random_flip"], PICTURES),
     "LoRA, no captions": ("lora", [*LORA, *BASE], PICTURES),
