@@ -1545,7 +1545,7 @@ class Run:
 def prepare_data(
     args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, schedule: MicroBatches, pictures: Pictures
 ) -> TrainingData:
-    """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
+    """Encode prompts, and pictures if they are to be cached; what encoded them leaves the device."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = dataset.prompts + [picture.prompts[0] for picture in held_out] + args.validation_prompt
     prompts = list(dict.fromkeys(prompts))
@@ -1630,7 +1630,7 @@ def prepare_training(args: Namespace, accelerator: Accelerator, data: TrainingDa
         transformer.set_attention_backend(args.attention_backend)
     dynamo = accelerator.state.dynamo_plugin
     if dynamo.backend != DynamoBackend.NO:  # block by block, in place: `prepare` would compile the whole
-        torch._dynamo.config.recompile_limit = 64  # each size is compiled, for training, drawing and the base as prior
+        torch._dynamo.config.recompile_limit = 256  # each size is compiled, for training, drawing and the base as prior
         transformer.compile_repeated_blocks(**dynamo.to_kwargs())
         dynamo.backend = DynamoBackend.NO
     groups = parameter_groups(args, transformer, text_encoder)
@@ -1651,15 +1651,15 @@ def prepare_training(args: Namespace, accelerator: Accelerator, data: TrainingDa
             run.text_encoder = accelerator.prepare_model(text_encoder, evaluation_mode=no_ddp)
         run.optimizer = accelerator.prepare(optimizer)
     vars(unwrap(run.transformer)).pop("forward", None)  # autocast around the whole; see `load_transformer`
-    compiled_forward = transformer.forward
+    plain_forward = transformer.forward
 
-    def forward(*args: Any, **options: Any) -> Any:
+    def forward(*given: Any, **named: Any) -> Any:
         try:
-            return compiled_forward(*args, **options)
-        except torch._dynamo.exc.TorchDynamoException as error:  # whatever fails for one graph fails for others
+            return plain_forward(*given, **named)
+        except torch._dynamo.exc.TorchDynamoException as error:  # which holds activations until the block ends
             logger.warning(f"Compiling failed, and the blocks go on uncompiled: {error}")
             torch.compiler.set_stance("force_eager")
-            return compiled_forward(*args, **options)
+        return plain_forward(*given, **named)
 
     transformer.forward = forward
     register_state_hooks(accelerator)

@@ -235,7 +235,7 @@ class StepInputs:
     """All that the loss of a micro-batch may depend on, on the device.
 
     B counts all pictures. With prior preservation the first half are instance pictures, the second class pictures;
-    with `--prior_from_base_model` the second half repeats pictures, noise and sigmas with prompts of the class.
+    in a step with the prior of the base the second half repeats pictures, noise and sigmas with prompts of the class.
     """
 
     latents: Tensor  # (B, C, H, W), scaled, float32
@@ -1640,7 +1640,7 @@ class Run:
 def prepare_data(
     args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, schedule: MicroBatches, pictures: Pictures
 ) -> TrainingData:
-    """Encode prompts, and pictures if they are to be cached, and free what encoded them."""
+    """Encode prompts, and pictures if they are to be cached; what encoded them leaves the device."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = dataset.prompts + [picture.prompts[0] for picture in held_out] + args.validation_prompt
     if args.prior_from_base_model:
@@ -1698,7 +1698,7 @@ def prepare_training(args: Namespace, accelerator: Accelerator, data: TrainingDa
         transformer.set_attention_backend(args.attention_backend)
     dynamo = accelerator.state.dynamo_plugin
     if dynamo.backend != DynamoBackend.NO:  # block by block, in place: `prepare` would compile the whole
-        torch._dynamo.config.recompile_limit = 64  # each size is compiled, for training, drawing and the base as prior
+        torch._dynamo.config.recompile_limit = 256  # each size is compiled, for training, drawing and the base as prior
         transformer.compile_repeated_blocks(**dynamo.to_kwargs())
         dynamo.backend = DynamoBackend.NO
     optimizer = make_optimizer(args, parameter_groups(args, transformer, text_encoder))
@@ -1709,15 +1709,15 @@ def prepare_training(args: Namespace, accelerator: Accelerator, data: TrainingDa
         run.text_encoder = accelerator.prepare(text_encoder)
     for model in run.models:  # remove accelerate's autocast around the whole model; `add_adapter` has its own
         vars(unwrap(model)).pop("forward", None)
-    compiled_forward = transformer.forward
+    plain_forward = transformer.forward
 
-    def forward(*args: Any, **options: Any) -> Any:
+    def forward(*given: Any, **named: Any) -> Any:
         try:
-            return compiled_forward(*args, **options)
-        except torch._dynamo.exc.TorchDynamoException as error:  # whatever fails for one graph fails for others
+            return plain_forward(*given, **named)
+        except torch._dynamo.exc.TorchDynamoException as error:  # which holds activations until the block ends
             logger.warning(f"Compiling failed, and the blocks go on uncompiled: {error}")
             torch.compiler.set_stance("force_eager")
-            return compiled_forward(*args, **options)
+        return plain_forward(*given, **named)
 
     transformer.forward = forward
     register_state_hooks(accelerator)

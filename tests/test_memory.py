@@ -335,8 +335,10 @@ def test_where_a_graph_does_not_compile_the_run_goes_on_without_and_says_so_once
     monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "eager", compile_one)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     torch._dynamo.reset()
-    output = run(script, "--validation_prompt=a dog", "--gradient_checkpointing")
-    torch.compiler.set_stance("default")
+    try:
+        output = run(script, "--validation_prompt=a dog", "--gradient_checkpointing")
+    finally:
+        torch.compiler.set_stance("default")
     warnings = [record.message for record in caplog.records if "uncompiled" in record.message]
     assert len(graphs) == 2 and len(warnings) == 1 and "no C compiler" in warnings[0]
     losses = [values["loss"] for values in logged]

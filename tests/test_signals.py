@@ -251,11 +251,7 @@ def test_only_accelerate_launch_counts_as_a_launcher(script: ModuleType, monkeyp
 def test_a_run_whose_launcher_is_gone_ends_after_a_checkpoint(
     script: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leave(code: int) -> None:
-        raise SystemExit(code)
-
     monkeypatch.setattr(script, "LAUNCHER", 2**22 + 1)  # the number of no process
-    monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as stop:
         run(script)
     assert stop.value.code == 128 + signal.SIGTERM and newest(tmp_path / "out") == 1
