@@ -1545,7 +1545,7 @@ class Run:
 def prepare_data(
     args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, schedule: MicroBatches, pictures: Pictures
 ) -> TrainingData:
-    """Encode prompts, and pictures if they are to be cached; what encoded them leaves the device."""
+    """Encode prompts, and pictures if they are to be cached."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = dataset.prompts + [picture.prompts[0] for picture in held_out] + args.validation_prompt
     prompts = list(dict.fromkeys(prompts))
@@ -1630,7 +1630,7 @@ def prepare_training(args: Namespace, accelerator: Accelerator, data: TrainingDa
         transformer.set_attention_backend(args.attention_backend)
     dynamo = accelerator.state.dynamo_plugin
     if dynamo.backend != DynamoBackend.NO:  # block by block, in place: `prepare` would compile the whole
-        torch._dynamo.config.recompile_limit = 256  # each size is compiled, for training, drawing and the base as prior
+        torch._dynamo.config.recompile_limit = 256  # each size is compiled, for each kind of pass
         transformer.compile_repeated_blocks(**dynamo.to_kwargs())
         dynamo.backend = DynamoBackend.NO
     groups = parameter_groups(args, transformer, text_encoder)

@@ -329,10 +329,10 @@ def training_loss(transformer: nn.Module, inputs: StepInputs) -> dict[str, Tenso
         target = torch.cat([instance_target, predict_base_velocity(transformer, inputs.base_inputs)])
     velocity = predict_velocity(transformer, inputs)
     losses = flow_matching_loss(velocity, target, inputs.sigmas, inputs.options, inputs.token_weights)
-    losses = inputs.loss_weights * losses
-    named = {"loss": losses.sum()}
+    weighted = inputs.loss_weights * losses
+    named = {"loss": weighted.sum()}
     if inputs.base_inputs is not None:
-        instance_losses, prior_losses = losses.chunk(2)
+        instance_losses, prior_losses = weighted.chunk(2)
         named |= {"instance_loss": instance_losses.sum(), "prior_loss": prior_losses.sum()}
     return named
 
@@ -1640,7 +1640,7 @@ class Run:
 def prepare_data(
     args: Namespace, accelerator: Accelerator, dataset: DreamBoothDataset, schedule: MicroBatches, pictures: Pictures
 ) -> TrainingData:
-    """Encode prompts, and pictures if they are to be cached; what encoded them leaves the device."""
+    """Encode prompts, and pictures if they are to be cached."""
     held_out = pictures.get("validation", pictures["instance"]) if args.validation_loss else []
     prompts = dataset.prompts + [picture.prompts[0] for picture in held_out] + args.validation_prompt
     if args.prior_from_base_model:
@@ -1698,7 +1698,7 @@ def prepare_training(args: Namespace, accelerator: Accelerator, data: TrainingDa
         transformer.set_attention_backend(args.attention_backend)
     dynamo = accelerator.state.dynamo_plugin
     if dynamo.backend != DynamoBackend.NO:  # block by block, in place: `prepare` would compile the whole
-        torch._dynamo.config.recompile_limit = 256  # each size is compiled, for training, drawing and the base as prior
+        torch._dynamo.config.recompile_limit = 256  # each size is compiled, for each kind of pass
         transformer.compile_repeated_blocks(**dynamo.to_kwargs())
         dynamo.backend = DynamoBackend.NO
     optimizer = make_optimizer(args, parameter_groups(args, transformer, text_encoder))
